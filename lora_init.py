@@ -1,0 +1,737 @@
+# SPDX-License-Identifier: MIT
+"""Data-driven starting points for LoRA: three algorithms, as plain functions on tensors.
+
+LoRA fine-tunes a frozen weight W through two thin factors:   y = W x + b + s·B A x   [1].
+
+    W  weight       (out, in)  frozen          x  (…, in)   a layer's input row
+    A  lora_A       (r, in)    projects down   g  (…, out)  ∂(−log p)/∂y at the layer's output
+    B  lora_B       (out, r)   projects up     Z  input_moment   (in, in)   E[x xᵀ]
+    s  scaling      scalar     alpha / r       Y  output_fisher  (out,)     E[g²]
+    ΔW delta_weight (out, in)  s·B A           G  gradient       (out, in)  E[g xᵀ]
+
+    plain LoRA  looks at nothing;     costs nothing;              starts at A random, B = 0
+    lora_da     gradients, inputs;    one backward pass;          at the projected Newton step
+    hrp         a short training;     that training;              at A = main directions, B = 0
+    cntlora     inputs, no labels;    one forward pass;           where the output moments match
+
+Read in order and stop after any part: layer, linear algebra, the three algorithms, statistics,
+model-level calls. One orientation holds throughout, PyTorch's: rows of A live in input space.
+
+[1] LoRA, arXiv 2106.09685.                     [2] LoRA-DA, arXiv 2510.24561 v3.
+[3] High-Rank Preheating, arXiv 2502.07739 v3.  [4] ConsNoTrainLoRA, arXiv 2507.08044.
+[5] K-FAC, arXiv 1503.05671.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------- 1. the layer
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + s·B A x: an `nn.Linear` whose weight is frozen, with a trainable low-rank term.
+
+    x (…, in) → y (…, out). The given layer's `weight` and `bias` are shared, not copied, and
+    frozen; they keep their state-dict keys and are never written. The start is plain LoRA: A
+    Kaiming-uniform, B = 0, so the function is unchanged. Factors are float32 under a half-precision
+    weight. `alpha=None` means alpha = rank, so s = 1. With `scaling = 0` the adapter is off.
+
+    Raises TypeError unless `linear` is exactly an `nn.Linear` with a dense floating-point weight
+    on a real device; ValueError unless 1 ≤ rank ≤ min(in, out) and alpha > 0.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float | None = None):
+        _check_adaptable("linear", linear, rank, alpha)
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False).train(linear.training)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scaling = 1.0 if alpha is None else alpha / rank
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (…, out)
+        if self.scaling == 0:
+            return y
+        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (…, r)
+        return y + F.linear(self.scaling * down, self.lora_B).to(y.dtype)
+
+    def delta_weight(self) -> Tensor:
+        """s·B A, (out, in), in the factors' dtype."""
+        return self.scaling * self.lora_B @ self.lora_A
+
+    @torch.no_grad()
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        """Install copies of B (out, r) and A (r, in), of any rank r up to min(in, out); s stays.
+
+        At the same rank the Parameters remain the same objects, so an optimizer made before keeps
+        its hold on them; at another rank they are new ones: make the optimizer afterwards.
+        Raises ValueError, both shapes named, where the factors do not fit the layer.
+        """
+        n_out, n_in, rank = self.out_features, self.in_features, A.shape[0]
+        if A.shape != (rank, n_in) or B.shape != (n_out, rank):
+            raise ValueError(f"factors B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a weight "
+                             f"({n_out}, {n_in}): pass B (out, r) and A (r, in)")
+        _check_rank(rank, n_out, n_in)
+        if rank != self.rank:
+            self.lora_A = nn.Parameter(self.lora_A.new_empty(A.shape), self.lora_A.requires_grad)
+            self.lora_B = nn.Parameter(self.lora_B.new_empty(B.shape), self.lora_B.requires_grad)
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A new, frozen `nn.Linear` with weight W + s·B A; this layer is left as it is."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        weight = (self.weight + self.delta_weight()).to(self.weight.dtype)
+        linear.weight = nn.Parameter(weight)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        return linear.requires_grad_(False).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _check_rank(rank: int, n_out: int, n_in: int) -> None:
+    if not 1 <= rank <= min(n_out, n_in):
+        raise ValueError(f"rank {rank} is not in 1..{min(n_out, n_in)}, the limit of a weight "
+                         f"({n_out}, {n_in})")
+
+
+def _check_adaptable(name: str, module: nn.Module, rank: int, alpha: float | None) -> None:
+    weight = getattr(module, "weight", None)
+    if type(module) is not nn.Linear or not isinstance(weight, nn.Parameter):
+        raise TypeError(f"'{name}' is {type(module).__name__}, not exactly nn.Linear: target other "
+                        "layers, or replace it by an nn.Linear (a Conv1D's weight is transposed)")
+    if weight.is_meta or weight.layout != torch.strided or not weight.is_floating_point():
+        raise TypeError(f"'{name}' ({type(module).__name__}) has a {weight.dtype} weight on "
+                        f"{weight.device}, layout {weight.layout}: load it dense, floating-point")
+    with _naming(name):
+        _check_rank(rank, *weight.shape)
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha {alpha} is not positive and finite")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the layer's name before the message of a ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's adapters by name, in the order of `named_modules`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
+             targets: str | Iterable[str] | Callable[[str], bool] | None = None,
+             ) -> dict[str, LoRALinear]:
+    """Swap linear layers for `LoRALinear`, in place, and freeze everything but the adapters.
+
+    `targets`: None takes every exact `nn.Linear`; names or dotted suffixes ("q_proj") take the
+    modules so called; a predicate chooses among the names of exact `nn.Linear` layers. A layer
+    that the model holds twice becomes one adapter. Returns {name: adapter}, what it matched.
+
+    Raises ValueError where a target matches nothing or a rank does not fit, TypeError where it
+    matches something other than a dense `nn.Linear`; the model is then unchanged.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    linear_names = [name for name, module in modules.items() if type(module) is nn.Linear]
+    if targets is None or callable(targets):
+        names = [name for name in linear_names if targets is None or targets(name)]
+        unmatched = [] if names else ["every nn.Linear" if targets is None else "the predicate"]
+    else:
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        hits = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in targets}
+        names = list(dict.fromkeys(name for hit in hits.values() for name in hit))
+        unmatched = [t for t, hit in hits.items() if not hit]
+    if unmatched or not names:
+        target = unmatched[0] if unmatched else "an empty list"
+        near = difflib.get_close_matches(target, linear_names, cutoff=0.3) or linear_names[:3]
+        raise ValueError(f"target '{target}' matches no module below {type(model).__name__}; "
+                         f"near names: {', '.join(near) or 'none, it holds no nn.Linear'}")
+    for name in names:
+        _check_adaptable(name, modules[name], rank, alpha)
+    trained = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    adapters = {name: LoRALinear(modules[name], rank, alpha) for name in names}
+    _swap(model, {modules[name]: adapter for name, adapter in adapters.items()})
+    return adapters
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Swap every adapter for its merged `nn.Linear`, in place; returns the model.
+
+    Raises TypeError if the model itself is an adapter: use its `merged()`.
+    """
+    if isinstance(model, LoRALinear):
+        raise TypeError("the model is itself a LoRALinear: call its merged()")
+    _swap(model, {layer: layer.merged() for layer in lora_layers(model).values()})
+    return model
+
+
+def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacements[module])
+
+
+# ---------------------------------------------------------------------------- 2. linear algebra
+
+
+def _check_tensors(damping: float, **named: tuple[Tensor, tuple[int, ...]]) -> list[Tensor]:
+    """The tensors in one dtype, float32 at least, if each is finite and has the shape given."""
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping {damping} is not in [0, ∞)")
+    dtype = torch.float32
+    for name, (tensor, shape) in named.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} {shape} holds NaN or Inf: check the data, or lower its scale")
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.detach().to(dtype) for tensor, _ in named.values()]
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    """C + damping·mean(diag C)·I: damping in C's own units, so no result depends on them."""
+    mean = moment.diagonal().mean()
+    return moment + damping * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def _cholesky(moment: Tensor, damping: float) -> Tensor:
+    """Lower L with L Lᵀ = the damped moment, (in, in)."""
+    L, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
+    if failed:
+        raise ValueError(f"the input moment {tuple(moment.shape)} is not positive definite at "
+                         f"damping {damping}: raise damping, or leave a layer out that sees only "
+                         "zeros")
+    return L
+
+
+def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> Tensor:
+    """Eigenvectors (n, rank) of the `rank` smallest eigenvalues of a symmetric operator.
+
+    `apply` multiplies (n, k) by the operator; `start` is (n, ≥ rank). Up to n = 1024: `eigh`,
+    exact, O(n³). Above: a block Krylov space grows from `start`, kept orthonormal, until the
+    Ritz vectors satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖, O(n² m) for m basis vectors; if that has not
+    happened at m = n/4 (no gap in the spectrum), the exact way is taken after all.
+    """
+    n = len(start)
+    block, basis = torch.linalg.qr(start).Q, start[:, :0]
+    image = basis  # Ω·basis
+    while n > 1024 and basis.shape[1] <= n // 4:
+        basis = torch.cat([basis, block], dim=1)  # (n, m)
+        image = torch.cat([image, apply(block)], dim=1)  # (n, m)
+        values, rotation = torch.linalg.eigh(basis.mT @ image)
+        vectors = basis @ rotation[:, :rank]  # Ritz vectors, (n, r)
+        residual = image @ rotation[:, :rank] - vectors * values[:rank]
+        if residual.norm(dim=0).max() <= 1e-5 * values.abs().max():
+            return vectors
+        block = image[:, -block.shape[1]:]
+        for _ in range(2):  # once more: Gram–Schmidt loses orthogonality where much cancels
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    dense = apply(torch.eye(n, dtype=start.dtype, device=start.device))
+    return torch.linalg.eigh((dense + dense.mT) / 2).eigenvectors[:, :rank]
+
+
+# ---------------------------------------------------------------------------- 3. the algorithms
+
+
+@torch.no_grad()
+def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank: int,
+            n_train: int, *, variance: float = 1.0, damping: float = 0.1) -> tuple[Tensor, Tensor]:
+    """LoRA-DA [2, Algorithm 1]: the A that makes a fit on `n_train` rows err least, and its B.
+
+    Takes G (out, in), Z (in, in), Y (out,); returns B (out, r) and A (r, in) with AAᵀ = I.
+
+    Objective. Let W* = W + Δ be the truth. Freeze A, fit B by maximum likelihood on N rows (this
+    is LoRA-FA) and choose A to minimize E‖Ŵ − W*‖²_F, a sum of bias and variance:
+
+    1. Bias. The best that BA can do is ΔAᵀA, at the distance ‖Δ‖² − tr(A ΔᵀΔ Aᵀ).
+    2. Variance. With K-FAC [5] the Fisher information of W is J = diag(Y) ⊗ Z, so that of B is
+       diag(Y) ⊗ AZAᵀ, and an efficient fit has the variance (1/N)·Σᵢ1/Yᵢ · tr (AZAᵀ)⁻¹. Because
+       (AZAᵀ)⁻¹ ⪯ A Z⁻¹ Aᵀ when AAᵀ = I, it is at most (1/N)·Σᵢ1/Yᵢ · tr(A Z⁻¹ Aᵀ).
+    3. Together E‖Ŵ − W*‖² ≲ tr(A Ω Aᵀ) + ‖Δ‖², with Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in).
+    4. Courant–Fischer: least for A = the r eigenvectors of Ω with the smallest eigenvalues.
+    5. Δ is unknown; one natural-gradient step estimates it. The loss near W is
+       ⟨G, Δ⟩ + ½ vec(Δ)ᵀ J vec(Δ), least where diag(Y) Δ Z = −G, so Δ = −diag(Y)⁻¹ G Z⁻¹.
+       (The raw gradient, Y = Z = I, would assume that the loss is equally steep everywhere.)
+    6. B = Δ Aᵀ, the projection of the target.
+
+    Guarantees. On a quadratic loss with exact moments, no damping and no variance term, BA = Δ
+    if rank Δ ≤ r, for any Z (test_lora_da_reaches_the_target_in_one_step); A is the minimizer
+    (test_no_other_orthonormal_A_has_a_smaller_objective) and turns with the basis of x
+    (test_lora_da_turns_with_the_input_basis); units of x and of the loss change no subspace
+    (test_units_change_no_subspace). With Y = Z = I and `variance=0` A spans the gradient's top
+    right singular vectors, where LoRA-GA and LoRA-One start [2, Remark 4.3]
+    (test_identity_fisher_gives_the_gradients_singular_vectors).
+
+    `variance` weighs step 2 (1 is the theory's). `damping` adds damping·mean(diag) to Z and Y;
+    the authors' code adds 1e-6 whatever the units, divides Δ by its top singular value, weighs the
+    variance by 0.03 and shrinks both factors. The paper writes y = xW, so its A is our Aᵀ. The
+    bias in step 1 is the plain Euclidean one, as in the paper; a fit on rows weighs it by Z.
+    If Y = 0 no gradient arrived: A comes from the variance term alone, and B = 0.
+
+    Cost: in³/3 for the Cholesky factor, 2·out·in² for Δ, then the eigenvectors of Ω (exact up to
+    in = 1024, iterative with a residual check above; see `_lowest_eigenvectors`).
+    Raises ValueError for shapes that do not fit, NaN or Inf, and numbers out of range.
+    """
+    n_out, n_in = gradient.shape
+    _check_rank(rank, n_out, n_in)
+    if n_train < 1 or not 0 <= variance < math.inf:
+        raise ValueError(f"n_train {n_train} must be at least 1, variance {variance} in [0, ∞)")
+    G, Z, Y = _check_tensors(damping, gradient=(gradient, (n_out, n_in)),
+                             input_moment=(input_moment, (n_in, n_in)),
+                             output_fisher=(output_fisher, (n_out,)))
+    Y = Y + damping * Y.mean() if Y.any() else torch.ones_like(Y)  # (out,)
+    if not (Y > 0).all():
+        raise ValueError(f"output_fisher ({n_out},) is not positive at damping {damping}: raise it")
+    L = _cholesky(Z, damping)  # (in, in)
+    delta = -torch.cholesky_solve(G.mT, L).mT / Y[:, None]  # (out, in)
+    weight = variance * (1 / Y).sum() / n_train
+
+    def omega(V: Tensor) -> Tensor:  # Ω V, with Ω never formed; (in, k) → (in, k)
+        return weight * torch.cholesky_solve(V, L) - delta.mT @ (delta @ V)
+
+    generator = torch.Generator().manual_seed(0)  # a fixed start: same input, same bits
+    start = torch.randn(n_in, min(rank + 8, n_in), generator=generator, dtype=Z.dtype).to(Z.device)
+    A = _lowest_eigenvectors(omega, start, rank).mT  # (r, in)
+    return delta @ A.mT, A
+
+
+@torch.no_grad()
+def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """High-Rank Preheating [3]: the main directions of a short training at a higher rank.
+
+    Takes factors B_high (out, R) and A_high (R, in) that were trained for a few steps; returns
+    B = 0 (out, r) and A (r, in), AAᵀ = I. The function is unchanged; only the direction is new.
+
+    Objective. A rank-r fit with A frozen can learn no more than D AᵀA of the change D it needs;
+    that is best, by Eckart–Young, if A spans the top r right singular vectors of D.
+    1. A random A of rank r misses them. A random A_high of rank R holds more of each, and
+       training B_high from 0 finds, by its gradient, which of them matter. The paper proves for
+       gradient flow that the directions improve with R, with A frozen and with A trained.
+    2. So A = the top r right singular vectors of the preheated change B_high·A_high.
+    3. It is never formed: with B_high = Q₁R₁ and A_highᵀ = Q₂R₂, B_high·A_high = Q₁ (R₁R₂ᵀ) Q₂ᵀ;
+       if the small core is R₁R₂ᵀ = U Σ Vᵀ, the right singular vectors are the columns of Q₂V.
+
+    Guarantees. Equal to the SVD of the product (test_hrp_equals_the_svd_of_the_product); after a
+    converged preheat at R = in the frozen-A fit is the Eckart–Young optimum
+    (test_preheated_to_convergence_at_full_rank_hrp_is_optimal); its residual falls as R grows
+    (test_the_residual_falls_as_the_preheating_rank_grows).
+    B = 0 is our reading of "only the direction"; the paper writes W + B Aᵀ, so its A is our Aᵀ.
+
+    Cost: O((out + in)·R²). Raises ValueError for factors that do not fit, or a rank over R.
+    """
+    n_out, high, n_in = B_high.shape[0], A_high.shape[0], A_high.shape[1]
+    _check_rank(rank, n_out, n_in)
+    B_high, A_high = _check_tensors(0.0, B_high=(B_high, (n_out, high)),
+                                    A_high=(A_high, (high, n_in)))
+    if rank > high:
+        raise ValueError(f"rank {rank} exceeds the preheating rank {high}: preheat higher")
+    R_1 = torch.linalg.qr(B_high, mode="r").R  # (≤R, R)
+    Q_2, R_2 = torch.linalg.qr(A_high.mT)  # (in, ≤R), (≤R, R)
+    V_t = torch.linalg.svd(R_1 @ R_2.mT).Vh  # (≤R, ≤R)
+    return B_high.new_zeros(n_out, rank), V_t[:rank] @ Q_2.mT
+
+
+@torch.no_grad()
+def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
+    """T (in, in), symmetric positive definite, with T Z_f Tᵀ = Z_p: of all maps the nearest to I.
+
+    Among the linear maps that carry second moment Z_f to Z_p, it minimizes E‖Tx − x‖², the optimal
+    transport between N(0, Z_f) and N(0, Z_p). Any symmetric positive-definite solution is it, so
+    with a Cholesky factor Z_f = L Lᵀ:  T = L⁻ᵀ (Lᵀ Z_p L)^½ L⁻¹. (Check: T L Lᵀ T = Z_p. The
+    textbook form has the symmetric root Z_f^½ for L; the result is the same.)
+    test_the_monge_map_carries_one_moment_to_the_other, test_no_other_map_moves_less.
+    Raises ValueError where Z_f is not positive definite. Cost: one `eigh` of (in, in).
+    """
+    L = _cholesky(Z_f, 0.0)
+    values, vectors = torch.linalg.eigh(L.mT @ Z_p @ L)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT  # (Lᵀ Z_p L)^½
+    T = torch.linalg.solve_triangular(L.mT, root, upper=True)
+    return torch.linalg.solve_triangular(L, T, upper=False, left=False)
+
+
+@torch.no_grad()
+def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None = None, *,
+            rank: int, damping: float = 0.1) -> tuple[Tensor, Tensor]:
+    """CNTLoRA, after ConsNoTrainLoRA [4]: the change that undoes a shift of the input domain.
+
+    The derivation is OURS. Of [4] only the abstract was read; it claims: initialization as domain
+    shift, several constraints between pre-training and fine-tuning activations, a closed form
+    without training, decomposed into factors of variable rank. What follows keeps to that.
+
+    Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, if pre-training data is at hand,
+    its Z_p; returns B (out, r), A (r, in), balanced: ‖column k of B‖² = k-th singular value.
+
+    1. Output constraint: on fine-tuning inputs the adapted layer has the second moments that the
+       pre-trained one had on its own: (W+ΔW) Z_f (W+ΔW)ᵀ = W Z_p Wᵀ.
+    2. Input constraint: write W + ΔW = W T; then T Z_f Tᵀ = Z_p suffices. Of all such T take the
+       one that moves activations least, `monge_map(Z_f, Z_p)`.
+    3. Knowledge constraint: pre-training data is usually gone. Then assume it had normalized,
+       uncorrelated activations of the same size: Z_p = mean(diag Z_f)·I, so T ∝ Z_f^−½.
+    4. Result: ΔW = W (T − I), a closed form.
+    5. Factors: the best of rank r on the data, min ‖(ΔW − BA) L‖_F with L Lᵀ = Z_f, which is
+       E‖(ΔW − BA)x‖². By Eckart–Young, from the SVD ΔW L = U Σ Vᵀ:
+       B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ L⁻¹.  For r < r′ they are the first r columns and rows.
+
+    Guarantees. No shift gives ΔW = 0 (test_no_shift_needs_no_change); x_f = S x_p with S symmetric
+    positive definite is undone exactly, T = S⁻¹, if rank(S − I) ≤ r
+    (test_a_symmetric_distortion_is_undone_exactly); output moments match
+    (test_output_moments_match); no rank-r rival is nearer (test_no_rival_factors_are_nearer).
+    It is blind to labels: where only the task changed, it has nothing to say.
+
+    `damping` adds damping·mean(diag) to both moments. Moments are not centred: a mean counts too.
+    Cost: a Cholesky and an `eigh` of (in, in), one SVD of (out, in).
+    Raises ValueError for shapes that do not fit, NaN or Inf, and numbers out of range.
+    """
+    n_out, n_in = weight.shape
+    _check_rank(rank, n_out, n_in)
+    pretrain = input_moment if pretrain_moment is None else pretrain_moment
+    W, Z_f, Z_p = _check_tensors(damping, weight=(weight, (n_out, n_in)),
+                                 input_moment=(input_moment, (n_in, n_in)),
+                                 pretrain_moment=(pretrain, (n_in, n_in)))
+    L = _cholesky(Z_f, damping)  # (in, in)
+    Z_f, Z_p = _damped(Z_f, damping), _damped(Z_p, damping)
+    if pretrain_moment is None:
+        Z_p = Z_f.diagonal().mean() * torch.eye(n_in, dtype=Z_f.dtype, device=Z_f.device)
+    delta = W @ monge_map(Z_f, Z_p) - W  # (out, in)
+    U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
+    root = S[:rank].sqrt()  # (r,)
+    A = torch.linalg.solve_triangular(L, root[:, None] * V_t[:rank], upper=False, left=False)
+    return U[:, :rank] * root, A
+
+
+def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
+    """Spend `budget` ranks over layers so that the singular values left out are smallest.
+
+    `spectra` holds each layer's singular values, largest first, weighted by the data
+    (`cntlora`, step 5). Each layer gets at least 1; the rest go one by one to the largest σ² not
+    yet taken, which is optimal because the sum of what is left separates over layers
+    (test_no_swap_of_a_rank_does_better). Returns {name: rank}, summing to `budget`.
+
+    Raises ValueError for a budget below the number of layers or above the number of values.
+    """
+    most = sum(len(spectrum) for spectrum in spectra.values())
+    if not len(spectra) <= budget <= most:
+        raise ValueError(f"budget {budget} is not in {len(spectra)}..{most}: 1 a layer at least, "
+                         "and no more than there are singular values")
+    extra = [(-s, name) for name, spectrum in spectra.items() for s in spectrum.tolist()[1:]]
+    ranks = dict.fromkeys(spectra, 1)
+    for _, name in sorted(extra, key=lambda pair: pair[0])[: budget - len(spectra)]:
+        ranks[name] += 1
+    return ranks
+
+
+# ---------------------------------------------------------------------------- 4. statistics
+
+
+@dataclass
+class Statistics:
+    """Means over `count` rows of a layer; the last two are None after a forward-only pass."""
+
+    count: int
+    input_moment: Tensor  # Z = E[x xᵀ]   (in, in)
+    gradient: Tensor | None = None  # G = E[g xᵀ]   (out, in)
+    output_fisher: Tensor | None = None  # Y = E[g²]     (out,), diagonal empirical Fisher
+
+
+def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable,
+                       loss_fn: Callable[[nn.Module, object], Tensor], *, backward: bool = True,
+                       mask_fn: Callable[[object], Tensor] | None = None,
+                       ) -> dict[str, Statistics]:
+    """Z, G and Y of each layer, in one pass over `batches`, at the pre-trained weights.
+
+    `loss_fn(model, batch)` returns the MEAN −log p over rows, so a row's g is the gradient at the
+    layer's output times the number of rows in that call: results do not depend on how rows are
+    batched. A layer called twice sees twice the rows. `mask_fn(batch)`, bool, of the input's
+    leading shape, is True where a row counts. With `backward=False` only Z is taken, no gradient
+    is computed, and what loss_fn returns is not looked at.
+
+    How: a forward hook keeps x for a hook on the gradient of y; there both are in hand. Nothing is
+    trained, so no weight's gradient exists. A row that activation checkpointing computes twice is
+    counted once, as its gradient arrives once. Layers that share an input tensor (q, k, v) share
+    its product xᵀx. Sums are in float32 at least.
+
+    Cost: one forward and one backward pass of activations, plus rows·(in² + 2·out·in) flops;
+    memory in² + out·in + out floats a layer, and one batch of inputs. Leaves no trace: modes,
+    requires_grad, .grad, adapters, hooks and the random state are as before, also after an error.
+
+    Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
+    of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
+    """
+    sums: dict[str, Statistics] = {}
+    shared: list = [None, 0, None]  # the last input, its version, and its xᵀx
+    mask: Tensor | None = None
+
+    @torch.no_grad()
+    def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
+        if mask is not None and mask.shape != x.shape[:-1]:
+            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)} does not fit the input "
+                             f"{tuple(x.shape)}: mask_fn must return its leading shape")
+        if x._version != version:
+            raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
+                             "after the call: write x = x + …, not x += …")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = ... if mask is None else mask.to(x.device)
+        rows = x[keep].reshape(-1, x.shape[-1]).to(dtype)  # (rows, in)
+        if shared[0] is not x or shared[1] != version:
+            shared[:] = x, version, rows.mT @ rows
+        total = sums.setdefault(name, Statistics(0, torch.zeros_like(shared[2])))
+        total.count += len(rows)
+        total.input_moment += shared[2]
+        if g is not None:
+            g = len(rows) * g[keep].reshape(-1, g.shape[-1]).to(dtype)  # (rows, out)
+            if total.gradient is None:
+                total.gradient = g.new_zeros(g.shape[1], rows.shape[1])
+                total.output_fisher = g.new_zeros(g.shape[1])
+            total.gradient.addmm_(g.mT, rows)
+            total.output_fisher += g.square().sum(dim=0)
+
+    def forward_hook(name: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
+            x, version = args[0], args[0]._version
+            if not backward:
+                accumulate(name, x, version, None)
+            elif torch.is_grad_enabled():
+                if not y.requires_grad:  # the graph starts here; a clone may be changed in place
+                    y = y.requires_grad_().clone()
+                y.register_hook(lambda g: accumulate(name, x, version, g))
+            return y
+        return hook
+
+    with _pretrained(model), torch.set_grad_enabled(backward):
+        handles = [layer.register_forward_hook(forward_hook(n)) for n, layer in layers.items()]
+        try:
+            for number, batch in _numbered(batches):
+                mask, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
+                loss = loss_fn(model, batch)
+                if backward:
+                    _checked(loss, number).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name in layers:
+        if name not in sums or sums[name].count == 0:
+            raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
+                             "under no_grad, all masked, or in a reentrant checkpoint")
+        total = sums[name]
+        for field in ("input_moment", "gradient", "output_fisher")[: 3 if backward else 1]:
+            if not getattr(total, field).div_(total.count).isfinite().all():
+                raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
+    return sums
+
+
+@contextmanager
+def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str, LoRALinear]]:
+    """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
+    that may be overwritten. Afterwards, also after an error: everything as it was."""
+    layers = lora_layers(model)
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            model.requires_grad_(False).eval()
+            for layer, _, A, B in adapters:
+                layer.scaling = 0.0
+                layer.lora_A, layer.lora_B = (nn.Parameter(p.detach().clone(), False) for p in (A, B))
+            yield layers
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for layer, scaling, A, B in adapters:
+                layer.scaling, layer.lora_A, layer.lora_B = scaling, A, B
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def _numbered(batches: Iterable) -> Iterator[tuple[int, object]]:
+    number = -1
+    for number, batch in enumerate(batches):
+        yield number, batch
+    if number < 0:
+        raise ValueError("batches is empty: pass a list or a DataLoader; a generator can be read "
+                         "only once, and fitting and guarding take a pass each")
+
+
+def _checked(loss: Tensor, number: int, differentiable: bool = True) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
+        raise ValueError(f"the loss of batch {number} is {loss!r}, not a finite scalar tensor")
+    if differentiable and not loss.requires_grad:
+        raise ValueError(f"the loss of batch {number} has no gradient: return it undetached, and "
+                         "adapt a layer that it depends on")
+    return loss
+
+
+# ---------------------------------------------------------------------------- 5. whole models
+
+
+def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
+                 n_train: int | None = None, variance: float = 1.0, damping: float = 0.1,
+                 scale: float | None = 0.01, identity_fisher: bool = False, guard: bool = True,
+                 mask_fn: Callable | None = None, seed: int = 0) -> float:
+    """Start every adapter of the model at LoRA-DA's (B, A); returns the guard's factor (≤ 1).
+
+    `loss_fn(model, batch)` → mean −log p, as in `collect_statistics`. `n_train`: the number of
+    rows (tokens, for a language model) that fine-tuning will see; left out, the rows seen here.
+    Each B is rescaled so that ‖ΔW‖₂ = scale·‖W‖₂: the full Newton step, `scale=None`, is right on
+    a quadratic and far too long in a deep network. `identity_fisher` with `variance=0` starts at
+    the gradient's singular vectors, the baseline.
+
+    The guard, ours: while the mean loss over `batches` is above the pre-trained model's, halve
+    every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
+    It reads `batches` again. All layers succeed or none changes; the random state is left alone;
+    the same seed gives the same bits. Raises ValueError, the layer named.
+    """
+    with _pretrained(model, seed) as layers:
+        statistics = collect_statistics(model, _some(layers), batches, loss_fn, mask_fn=mask_fn)
+        factors = {}
+        for name, layer in layers.items():
+            total = statistics[name]
+            if identity_fisher:
+                total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
+                total.output_fisher = torch.ones_like(total.output_fisher)
+            with _naming(name):
+                B, A = lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
+                               n_train or total.count, variance=variance, damping=damping)
+            factors[name] = _with_length(B, A, layer.weight, scale), A
+        factor = _guard(model, factors, batches, loss_fn) if guard else 1.0
+    return _install(layers, factors, factor)
+
+
+def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_rank: int = 64,
+             lr: float = 0.01, train_A: bool = False, seed: int = 0) -> float:
+    """Preheat at a high rank, one Adam step a batch, and start at HRP's A with B = 0.
+
+    `preheat_rank` is capped at each layer's min(in, out); A_high is Kaiming-uniform and stays
+    frozen unless `train_A`. The preheated factors are discarded. Returns 1.0: with B = 0 there is
+    nothing to guard. For errors, seed and all-or-none see `init_lora_da`.
+    """
+    with _pretrained(model, seed) as layers, torch.enable_grad():
+        ranks = {name: layer.rank for name, layer in _some(layers).items()}
+        for name, layer in layers.items():
+            high = min(preheat_rank, layer.in_features, layer.out_features)
+            A_high = layer.lora_A.new_empty(high, layer.in_features)
+            nn.init.kaiming_uniform_(A_high, a=math.sqrt(5))
+            layer.set_factors(layer.lora_B.new_zeros(layer.out_features, high), A_high)
+            layer.scaling = 1.0
+            layer.lora_A.requires_grad_(train_A)
+            layer.lora_B.requires_grad_(True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr)
+        for number, batch in _numbered(batches):
+            optimizer.zero_grad()
+            _checked(loss_fn(model, batch), number).backward()
+            optimizer.step()
+        factors = {}
+        for name, layer in layers.items():
+            with _naming(name):
+                factors[name] = hrp(layer.lora_B, layer.lora_A, ranks[name])
+    return _install(layers, factors, 1.0)
+
+
+def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
+                 pretrain_batches: Iterable | None = None, rank_budget: int | None = None,
+                 damping: float = 0.1, scale: float | None = 0.01, guard: bool = True,
+                 mask_fn: Callable | None = None, seed: int = 0) -> float:
+    """Start every adapter at CNTLoRA's (B, A), from forward passes alone; returns the factor.
+
+    `loss_fn(model, batch)` has to call the model; its labels serve the guard, never the fit, so
+    with `guard=False` it may return anything. `pretrain_batches` give Z_p where they are at hand.
+    `rank_budget` spends that many ranks in all by `allocate_ranks`; left out, ranks stay. For
+    scale, guard, errors, seed and all-or-none see `init_lora_da`.
+    """
+    with _pretrained(model, seed) as layers:
+        def moments(data: Iterable) -> dict[str, Tensor]:
+            statistics = collect_statistics(model, _some(layers), data, loss_fn, backward=False,
+                                            mask_fn=mask_fn)
+            return {name: total.input_moment for name, total in statistics.items()}
+
+        Z_f = moments(batches)
+        Z_p = {} if pretrain_batches is None else moments(pretrain_batches)
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        if rank_budget is not None:  # enough of each spectrum to choose from
+            most = max(rank_budget - len(layers) + 1, 1)
+            ranks = {name: min(most, *layer.weight.shape) for name, layer in layers.items()}
+        factors = {}
+        for name, layer in layers.items():
+            with _naming(name):
+                factors[name] = cntlora(layer.weight, Z_f[name], Z_p.get(name), rank=ranks[name],
+                                        damping=damping)
+        if rank_budget is not None:
+            spectra = {name: B.square().sum(dim=0) for name, (B, _) in factors.items()}
+            ranks = allocate_ranks(spectra, rank_budget)
+        for name, (B, A) in factors.items():
+            B, A = B[:, : ranks[name]], A[: ranks[name]]
+            factors[name] = _with_length(B, A, layers[name].weight, scale), A
+        factor = _guard(model, factors, batches, loss_fn) if guard else 1.0
+    return _install(layers, factors, factor)
+
+
+def _some(layers: dict[str, LoRALinear]) -> dict[str, LoRALinear]:
+    if not layers:
+        raise ValueError("the model has no LoRALinear: call add_lora first")
+    return layers
+
+
+@torch.no_grad()
+def _with_length(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Tensor:
+    """B, rescaled so that ‖B A‖₂ = scale·‖W‖₂; as it is if scale is None or B A = 0."""
+    length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # = ‖B A‖₂, but r wide
+    if scale is None or length == 0:
+        return B
+    return B * (scale * torch.linalg.matrix_norm(weight.to(B.dtype), 2) / length)
+
+
+@torch.no_grad()
+def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches: Iterable,
+           loss_fn: Callable) -> float:
+    """The largest of 1, ½, …, 2⁻¹⁰ at which the mean loss is no worse than at 0; else 0."""
+    layers = lora_layers(model)
+
+    def mean_loss(factor: float) -> float:
+        for layer in layers.values():
+            layer.scaling = factor
+        losses = [loss_fn(model, batch) for _, batch in _numbered(batches)]
+        if factor == 0.0:
+            losses = [_checked(loss, n, differentiable=False) for n, loss in enumerate(losses)]
+        return sum(float(loss) for loss in losses) / len(losses)
+
+    pretrained = mean_loss(0.0)
+    for name, (B, A) in factors.items():
+        layers[name].set_factors(B, A)
+    for halvings in range(11):
+        if mean_loss(0.5**halvings) <= pretrained:
+            return 0.5**halvings
+    return 0.0
+
+
+def _install(layers: dict[str, LoRALinear], factors: dict, factor: float) -> float:
+    for name, layer in layers.items():
+        B, A = factors[name]
+        layer.set_factors(factor / layer.scaling * B, A)
+    return factor

@@ -1,0 +1,1036 @@
+# SPDX-License-Identifier: MIT
+"""The theorems of `lora_init.py`, as properties.
+
+Each test's name is the claim, its docstring the equation, and its oracle independent of the code:
+a dense Kronecker solve, autograd, an SVD, brute force. Sizes, ranks, conditioning and seeds are
+drawn by Hypothesis; arithmetic is float64, tolerances are relative, and subspaces are compared as
+projectors, never as signed vectors. A claimed optimum has to beat random and perturbed rivals.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_init
+from lora_init import (
+    LoRALinear,
+    add_lora,
+    allocate_ranks,
+    cntlora,
+    collect_statistics,
+    hrp,
+    init_cntlora,
+    init_hrp,
+    init_lora_da,
+    lora_da,
+    lora_layers,
+    merge_lora,
+    monge_map,
+)
+
+settings.register_profile("here", deadline=None, max_examples=30)
+settings.load_profile("here")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+INITS = [init_lora_da, init_hrp, init_cntlora]
+
+
+eye = partial(torch.eye, dtype=torch.float64)
+torch.set_num_threads(1)  # the matrices are small: threads would only wait for each other
+
+
+class Problem(NamedTuple):
+    """Sizes, a rank, and the random matrices that every theorem starts from."""
+
+    n_out: int
+    n_in: int
+    rank: int
+    condition: float  # of spd()
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def orthogonal(self, n: int, k: int | None = None) -> Tensor:
+        return torch.linalg.qr(self.normal(n, n)).Q[:, :k]
+
+    def spd(self, n: int) -> Tensor:
+        """Symmetric positive definite, with condition number `condition`."""
+        values = torch.logspace(0, -math.log10(self.condition), n, dtype=torch.float64)
+        Q = self.orthogonal(n)
+        return (Q * values) @ Q.mT
+
+    def low_rank(self) -> Tensor:
+        return self.normal(self.n_out, self.rank) @ self.normal(self.rank, self.n_in)
+
+    def positive(self, n: int) -> Tensor:
+        return self.normal(n).exp()
+
+
+@st.composite
+def problems(draw: st.DrawFn, smallest: int = 1, square_at_least: bool = False) -> Problem:
+    n_in = draw(st.integers(smallest, 9))
+    n_out = draw(st.integers(n_in if square_at_least else smallest, 9))
+    rank = draw(st.sampled_from(sorted({1, min(n_in, n_out), draw(st.integers(1, min(n_in, n_out)))})))
+    seed = draw(st.integers(0, 2**32))
+    return Problem(n_out, n_in, rank, draw(st.sampled_from([1.0, 10.0, 1e3])),
+                   torch.Generator().manual_seed(seed))
+
+
+def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-8) -> bool:
+    return bool((actual - expected).norm() <= tolerance * (expected.norm() + 1e-300))
+
+
+def projector(A: Tensor) -> Tensor:
+    Q = torch.linalg.qr(A.mT).Q
+    return Q @ Q.mT
+
+
+def top_right(matrix: Tensor, rank: int) -> Tensor:
+    """Projector on the top right singular vectors, if a gap makes them unique."""
+    _, S, V_t = torch.linalg.svd(matrix)
+    assume(S[rank - 1] - (S[rank] if rank < len(S) else 0) > 1e-4 * S[0])
+    return V_t[:rank].mT @ V_t[:rank]
+
+
+def adapter(p: Problem, alpha: float | None = None) -> LoRALinear:
+    layer = LoRALinear(nn.Linear(p.n_in, p.n_out, dtype=torch.float64), p.rank, alpha)
+    layer.set_factors(p.normal(p.n_out, p.rank), p.normal(p.rank, p.n_in))
+    return layer
+
+
+# ---------------------------------------------------------------------------- the layer
+
+
+@given(problems(), st.lists(st.integers(1, 3), max_size=3))
+def test_a_fresh_adapter_leaves_the_function_unchanged(p, leading):
+    """B = 0: bit for bit the layer that was given, for x of any leading shape."""
+    linear = nn.Linear(p.n_in, p.n_out, dtype=torch.float64)
+    x = p.normal(*leading, p.n_in)
+    before = linear(x)
+    layer = LoRALinear(linear, p.rank)
+    assert torch.equal(layer(x), before)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not layer.weight.requires_grad and layer.lora_A.requires_grad and layer.lora_B.requires_grad
+    assert 0 < layer.lora_A.abs().max() <= 1 / math.sqrt(p.n_in)  # Kaiming-uniform, a = √5
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
+
+
+@given(problems(), st.floats(0.1, 30))
+def test_forward_delta_weight_and_merged_are_one_function(p, alpha):
+    """y = (W + s·BA) x + b, with s = alpha / r, also after factors of another rank."""
+    layer, x = adapter(p, alpha), p.normal(2, 3, p.n_in)
+    for rank in (p.rank, 1, min(p.n_in, p.n_out)):
+        B, A = p.normal(p.n_out, rank), p.normal(rank, p.n_in)
+        layer.set_factors(B, A)
+        dense = layer.weight + alpha / p.rank * torch.einsum("or,ri->oi", B, A)
+        y = torch.einsum("...i,oi->...o", x, dense) + layer.bias
+        assert layer.rank == rank
+        assert near(layer(x), y) and near(layer.delta_weight(), dense - layer.weight)
+        assert type(layer.merged()) is nn.Linear and near(layer.merged()(x), y)
+    layer.scaling = 0.0
+    layer.lora_A.data.fill_(math.nan)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@given(problems(), st.floats(0.1, 30))
+def test_gradients_are_those_of_the_dense_weight(p, alpha):
+    """∂L/∂B = s·G Aᵀ and ∂L/∂A = s·Bᵀ G with G = ∂L/∂(W + s·BA)."""
+    layer, x = adapter(p, alpha), p.normal(5, p.n_in)
+    layer(x).sin().sum().backward()
+    dense = (layer.weight + layer.delta_weight()).detach().requires_grad_()
+    (x @ dense.mT + layer.bias).sin().sum().backward()
+    s = alpha / p.rank
+    assert near(layer.lora_B.grad, s * dense.grad @ layer.lora_A.mT)
+    assert near(layer.lora_A.grad, s * layer.lora_B.mT @ dense.grad)
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_factors_keep_their_parameters_and_a_misfit_changes_nothing():
+    """An optimizer made before an init still holds the adapter; a misfit names both shapes."""
+    layer = LoRALinear(nn.Linear(4, 3), 2)
+    A, B = layer.lora_A, layer.lora_B
+    given_A = torch.ones(1, 4)
+    layer.set_factors(torch.ones(3, 2), torch.ones(2, 4))
+    assert layer.lora_A is A and layer.lora_B is B and A.sum() == 8 and B.sum() == 6
+    layer.lora_A.requires_grad_(False)
+    layer.set_factors(torch.ones(3, 1), given_A)
+    assert layer.rank == 1 and not layer.lora_A.requires_grad and layer.lora_B.requires_grad
+    given_A.zero_()
+    assert layer.lora_A.sum() == 4  # a copy
+    for B, A in ((torch.ones(3, 2), torch.ones(1, 4)), (torch.ones(3, 1), torch.ones(1, 5))):
+        with pytest.raises(ValueError, match=r"B \(3, \d\), A \(1, \d\).*\(3, 4\)"):
+            layer.set_factors(B, A)
+    with pytest.raises(ValueError, match=r"rank 4 is not in 1\.\.3"):
+        layer.set_factors(torch.ones(3, 4), torch.ones(4, 4))
+    assert layer.lora_A.sum() == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_factors_are_float32_at_least_and_the_output_keeps_its_dtype(dtype, device):
+    linear = nn.Linear(4, 3, dtype=dtype, device=device)
+    layer, x = LoRALinear(linear, 2), torch.ones(2, 4, dtype=dtype, device=device)
+    assert layer.lora_A.dtype == torch.promote_types(dtype, torch.float32)
+    assert layer(x).dtype == dtype == layer.merged().weight.dtype
+    with torch.autocast(device, torch.bfloat16):
+        assert layer(x).dtype == linear(x).dtype  # bfloat16, but float64 is left alone
+
+
+class Tiny(nn.Module):
+    """An encoder with attention, one layer under two names, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(12)])
+        self.tied = self.layers[1]
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x, x, x)[0]
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(self.tied(x))
+
+
+def test_add_lora_takes_names_suffixes_and_predicates():
+    everything = add_lora(Tiny(), 2)  # the attention's out_proj is a subclass, its forward bypassed
+    assert set(everything) == {*(f"layers.{i}" for i in range(12)), "head"}
+    assert set(add_lora(Tiny(), 2, targets=["layers.1", "head"])) == {"layers.1", "head"}
+    assert set(add_lora(Tiny(), 2, targets="1")) == {"layers.1"}  # not layers.11
+    model = Tiny()
+    adapters = add_lora(model, 2, alpha=8, targets=lambda name: name.endswith(".1"))
+    assert adapters == lora_layers(model) == {"layers.1": model.layers[1]}
+    assert model.tied is model.layers[1] and model.tied.scaling == 4
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "layers.1.lora_A", "layers.1.lora_B"}
+    model.layers[1].lora_A.requires_grad_(False)
+    add_lora(model, 1, targets=["head"])  # a second call leaves the first adapter as it was
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "layers.1.lora_B", "head.lora_A", "head.lora_B"}
+
+
+def test_merge_lora_gives_the_same_function_in_plain_layers():
+    model, x = Tiny().eval(), torch.randn(2, 3, 6)
+    for layer in add_lora(model, 2, alpha=3).values():
+        layer.set_factors(torch.randn(layer.out_features, 2), torch.randn(2, 6))
+    expected = model(x)
+    assert merge_lora(model) is model and not lora_layers(model)
+    assert model.tied is model.layers[1] and type(model.tied) is nn.Linear
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    with pytest.raises(TypeError, match="merged"):
+        merge_lora(LoRALinear(nn.Linear(2, 2), 1))
+
+
+def conv1d() -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(3, 4))
+    return module
+
+
+@pytest.mark.parametrize(("kwargs", "error", "message"), [
+    ({"targets": ["heads"]}, ValueError, "'heads' matches no module.*near names: head"),
+    ({"targets": []}, ValueError, "matches no module"),
+    ({"targets": lambda name: False}, ValueError, "the predicate"),
+    ({"targets": ["attention.out_proj"]}, TypeError, "'attention.out_proj' is NonDyn"),
+    ({"targets": ["layers"]}, TypeError, "'layers' is ModuleList"),
+    ({"targets": ["layers.0", "odd"]}, TypeError, "'odd' is Module, not exactly nn.Linear.*Conv1D"),
+    ({"targets": ["layers.0", "meta"]}, TypeError, "'meta'.*on meta"),
+    ({"targets": ["head"], "rank": 5}, ValueError, r"'head': rank 5 is not in 1\.\.4"),
+    ({"rank": 0}, ValueError, r"'head': rank 0 is not in 1\.\.4"),
+    ({"alpha": 0.0}, ValueError, "alpha 0.0"),
+])
+def test_what_cannot_be_adapted_is_refused_by_name_and_nothing_changes(kwargs, error, message):
+    model = Tiny()
+    model.odd, model.meta = conv1d(), nn.Linear(2, 2, device="meta")
+    with pytest.raises(error, match=message):
+        add_lora(model, **{"rank": 2, "targets": ["head"], **kwargs})
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------- LoRA-DA
+
+
+@given(problems())
+def test_lora_da_reaches_the_target_in_one_step(p):
+    """y = W*x + unit noise, W* = W + low rank: G = (W − W*) Z, Y = 1, and BA = W* − W for any Z."""
+    change, Z = p.low_rank(), p.spd(p.n_in)
+    B, A = lora_da(-change @ Z, Z, torch.ones(p.n_out), p.rank, 1, variance=0, damping=0)
+    assert near(B @ A, change, 1e-7)
+
+
+def test_the_raw_gradient_misses_the_target_when_inputs_are_anisotropic():
+    """Counterexample: Z stretches the one direction that did not change into the gradient."""
+    change = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    Z = torch.tensor([[9.0, 3, 0], [3, 2, 0], [0, 0, 1]], dtype=torch.float64)
+    one, G = torch.ones(2, dtype=torch.float64), -change @ Z
+    _, A = lora_da(G, eye(3), one, 1, 1, variance=0, damping=0)
+    assert (change - change @ projector(A)).norm() > 0.8 * change.norm()
+    B, A = lora_da(G, Z, one, 1, 1, variance=0, damping=0)
+    assert near(B @ A, change)
+
+
+@given(problems())
+def test_the_newton_step_solves_the_dense_kronecker_system(p):
+    """(diag(Y) ⊗ Z) vec Δ = −vec G, damped: C + damping·mean(diag C)·I."""
+    G, Z, Y = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.positive(p.n_out)
+    J = torch.kron(torch.diag(Y) + 0.3 * Y.mean() * eye(p.n_out),
+                   Z + 0.3 * Z.trace() / p.n_in * eye(p.n_in))
+    delta = -torch.linalg.solve(J, G.flatten()).view(p.n_out, p.n_in)
+    B, A = lora_da(G, Z, Y, min(p.n_out, p.n_in), 1, variance=0, damping=0.3)
+    assert near(B @ A, delta)
+
+
+@given(problems(smallest=2), st.integers(1, 100), st.sampled_from([0.0, 0.5, 1.0, 10.0]))
+def test_no_other_orthonormal_A_has_a_smaller_objective(p, n_train, variance):
+    """tr(AΩAᵀ) is least, for Ω = variance/N·tr(Y⁻¹)·Z⁻¹ − ΔᵀΔ built by dense inverses; B = ΔAᵀ."""
+    G, Z, Y = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.positive(p.n_out)
+    B, A = lora_da(G, Z, Y, p.rank, n_train, variance=variance, damping=0.1)
+    Z_inverse = torch.linalg.inv(Z + 0.1 * Z.diagonal().mean() * eye(p.n_in))
+    y = Y + 0.1 * Y.mean()
+    delta = -torch.diag(1 / y) @ G @ Z_inverse
+    omega = variance / n_train * (1 / y).sum() * Z_inverse - delta.mT @ delta
+
+    def objective(rows: Tensor) -> Tensor:
+        return (rows @ omega @ rows.mT).trace()
+
+    assert near(A @ A.mT, eye(p.rank)) and near(B, delta @ A.mT)
+    room = 1e-9 * omega.norm()
+    skew = p.normal(p.n_in, p.n_in)
+    for rival in (p.orthogonal(p.n_in, p.rank).mT, A @ torch.matrix_exp(1e-3 * (skew - skew.mT)),
+                  A @ torch.matrix_exp(0.3 * (skew - skew.mT))):
+        assert objective(A) <= objective(rival) + room
+    assert (objective(A) - torch.linalg.eigvalsh(omega)[: p.rank].sum()).abs() <= room
+
+
+@given(problems())
+def test_identity_fisher_gives_the_gradients_singular_vectors(p):
+    """Y = Z = I, variance = 0: the span of LoRA-GA and LoRA-One."""
+    G = p.normal(p.n_out, p.n_in)
+    _, A = lora_da(G, eye(p.n_in), torch.ones(p.n_out), p.rank, 1, variance=0)
+    assert near(projector(A), top_right(G, p.rank), 1e-6)
+
+
+def lora_da_is_unique(p: Problem, G: Tensor, Z: Tensor, Y: Tensor) -> Tensor:
+    """A's projector, where Ω has a gap behind its r-th eigenvalue."""
+    Z_d, Y_d = Z + 0.1 * Z.trace() / p.n_in * eye(p.n_in), Y + 0.1 * Y.mean()
+    delta = G @ torch.linalg.inv(Z_d) / Y_d[:, None]
+    values = torch.linalg.eigvalsh(
+        0.1 * (1 / Y_d).sum() * torch.linalg.inv(Z_d) - delta.mT @ delta)
+    assume(p.rank == p.n_in or values[p.rank] - values[p.rank - 1] > 1e-4 * values.abs().max())
+    return projector(lora_da(G, Z, Y, p.rank, 10)[1])
+
+
+@given(problems())
+def test_lora_da_turns_with_the_input_basis(p):
+    """x → Qx with Q orthogonal: A → A Qᵀ, B A → B A Qᵀ."""
+    G, Z, Y, Q = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.positive(p.n_out), p.orthogonal(p.n_in)
+    P = lora_da_is_unique(p, G, Z, Y)
+    B, A = lora_da(G, Z, Y, p.rank, 10)
+    B_turned, A_turned = lora_da(G @ Q.mT, Q @ Z @ Q.mT, Y, p.rank, 10)
+    assert near(projector(A_turned), Q @ P @ Q.mT, 1e-6)
+    assert near(B_turned @ A_turned, B @ A @ Q.mT, 1e-6)
+
+
+@given(problems(), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
+def test_units_change_no_subspace(p, unit, loss_unit):
+    """x → cx, loss → d·loss: Z → c²Z, G → cdG, Y → d²Y; A's span stays and BA → BA / (cd)."""
+    G, Z, Y = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.positive(p.n_out)
+    P = lora_da_is_unique(p, G, Z, Y)
+    B, A = lora_da(G, Z, Y, p.rank, 10)
+    B_2, A_2 = lora_da(unit * loss_unit * G, unit**2 * Z, loss_unit**2 * Y, p.rank, 10)
+    assert near(projector(A_2), P, 1e-6)
+    assert near(unit * loss_unit * B_2 @ A_2, B @ A, 1e-6)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+def test_the_variance_term_lowers_the_error_on_few_noisy_rows(damping):
+    """Mean of ‖B̂A − Δ‖² over 60 draws of 32 rows, noise σ = 0.5, B̂ the least-squares fit."""
+    p, sigma, rows = Problem(8, 24, 4, 1e2, torch.Generator().manual_seed(0)), 0.5, 32
+    errors = {0.0: [], 1.0: []}
+    for _ in range(60):
+        change, Z = p.low_rank() / 40, 7 * p.spd(24)
+        x = p.normal(rows, 24) @ torch.linalg.cholesky(Z).mT  # (rows, in)
+        y = x @ change.mT + sigma * p.normal(rows, 8)  # (rows, out), the target; W = 0
+        g = -y / sigma**2  # (rows, out), since −log p = ‖y − Wx‖² / 2σ²
+        for variance, error in errors.items():
+            _, A = lora_da(g.mT @ x / rows, x.mT @ x / rows, torch.ones(8) / sigma**2, 4, rows,
+                           variance=variance, damping=damping)
+            fit = torch.linalg.lstsq(x @ A.mT, y).solution.mT  # (out, r)
+            error.append((fit @ A - change).square().sum().item())
+    assert sum(errors[1.0]) < 0.7 * sum(errors[0.0])
+
+
+@pytest.mark.parametrize("gap", [True, False])
+def test_wide_layers_get_the_eigenvectors_of_eigh(gap):
+    """n = 1100 > 1024, the iterative way: the span of the dense eigensolver, or as low a trace."""
+    n, rank = 1100, 5
+    p = Problem(n, n, rank, 1.0, torch.Generator().manual_seed(0))
+    values = torch.linspace(0, 1, n, dtype=torch.float64)
+    values[:rank] -= 1.0 if gap else 0.0
+    Q = p.orthogonal(n)
+    calls = []
+
+    def apply(V: Tensor) -> Tensor:
+        calls.append(V.shape[1])
+        return (Q * values) @ (Q.mT @ V)
+
+    V = lora_init._lowest_eigenvectors(apply, p.normal(n, rank + 8), rank)
+    assert (n in calls) != gap  # gapless: the exact way after all
+    assert near(V.mT @ V, eye(rank))
+    assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-4)
+
+
+def test_a_zero_gradient_leaves_the_variance_term_and_B_zero():
+    """G = 0, Y = 0: Ω ∝ Z⁻¹, so A spans the widest directions of x."""
+    Z = torch.diag(torch.tensor([1.0, 9.0, 4.0]))
+    B, A = lora_da(torch.zeros(2, 3), Z, torch.zeros(2), 2, 10)
+    assert torch.equal(B, torch.zeros(2, 2))
+    assert near(projector(A), torch.diag(torch.tensor([0.0, 1.0, 1.0])), 1e-6)
+
+
+# ---------------------------------------------------------------------------- HRP
+
+
+@given(problems(), st.integers(1, 12))
+def test_hrp_equals_the_svd_of_the_product(p, high):
+    """A spans the top r right singular vectors of the dense B_high·A_high; B = 0."""
+    assume(high >= p.rank)
+    B_high, A_high = p.normal(p.n_out, high), p.normal(high, p.n_in)
+    B, A = hrp(B_high, A_high, p.rank)
+    assert B.shape == (p.n_out, p.rank) and not B.any()
+    assert near(A @ A.mT, eye(p.rank))
+    assert near(A.mT @ A, top_right(B_high @ A_high, p.rank), 1e-6)
+
+
+def frozen_residual(change: Tensor, A: Tensor) -> Tensor:
+    """min over B of ‖D − BA‖."""
+    return (change - change @ torch.linalg.pinv(A) @ A).norm()
+
+
+def preheat(p: Problem, change: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """The minimum over B_high of ½‖D − B_high A_high‖² at a random, frozen A_high."""
+    A_high = p.normal(high, p.n_in)
+    return change @ torch.linalg.pinv(A_high), A_high
+
+
+@given(problems(square_at_least=True))
+def test_preheated_to_convergence_at_full_rank_hrp_is_optimal(p):
+    """R = in: min_B ‖D − BA‖² = Σ_{k>r} σ_k², the Eckart–Young optimum."""
+    change = p.normal(p.n_out, p.n_in)
+    _, A = hrp(*preheat(p, change, p.n_in), p.rank)
+    optimum = torch.linalg.svdvals(change)[p.rank:].norm()
+    assert (frozen_residual(change, A) - optimum).abs() <= 1e-6 * change.norm()
+
+
+def test_the_residual_falls_as_the_preheating_rank_grows():
+    """The mean over 60 draws of min_B ‖D − BA‖, for R = r, 2r, 4r, in."""
+    p = Problem(20, 16, 2, 1.0, torch.Generator().manual_seed(0))
+    means = []
+    for high in (2, 4, 8, 16):
+        changes = [p.low_rank() + 0.1 * p.normal(20, 16) for _ in range(60)]
+        residuals = [frozen_residual(D, hrp(*preheat(p, D, high), 2)[1]) for D in changes]
+        means.append(sum(residuals) / 60)
+    assert means[0] > 1.05 * means[1] > 1.05**2 * means[2] > 1.05**3 * means[3], means
+
+
+# ---------------------------------------------------------------------------- CNTLoRA
+
+
+@given(problems())
+def test_the_monge_map_carries_one_moment_to_the_other(p):
+    """T = Tᵀ ≻ 0 and T Z_f Tᵀ = Z_p; it equals Z_f^−½ (Z_f^½ Z_p Z_f^½)^½ Z_f^−½."""
+    Z_f, Z_p = p.spd(p.n_in), 3 * p.spd(p.n_in)
+    T = monge_map(Z_f, Z_p)
+    assert near(T, T.mT) and torch.linalg.eigvalsh(T)[0] > 0 and near(T @ Z_f @ T.mT, Z_p)
+
+    def power(moment: Tensor, exponent: float) -> Tensor:
+        values, vectors = torch.linalg.eigh(moment)
+        return (vectors * values**exponent) @ vectors.mT
+
+    half, inverse_half = power(Z_f, 0.5), power(Z_f, -0.5)
+    assert near(T, inverse_half @ power(half @ Z_p @ half, 0.5) @ inverse_half, 1e-6)
+
+
+@given(problems(smallest=2))
+def test_no_other_map_moves_less(p):
+    """E‖Tx − x‖² = tr((T−I) Z_f (T−I)ᵀ) is least among T′ = Z_p^½ Q Z_f^−½, Q orthogonal."""
+    Z_f, Z_p = p.spd(p.n_in), p.spd(p.n_in)
+    L_f, L_p = torch.linalg.cholesky(Z_f), torch.linalg.cholesky(Z_p)
+    T = monge_map(Z_f, Z_p)
+
+    def moved(map_: Tensor) -> Tensor:
+        return ((map_ - eye(p.n_in)) @ L_f).square().sum()
+
+    skew = p.normal(p.n_in, p.n_in)
+    Q = torch.linalg.inv(L_p) @ T @ L_f  # T = L_p Q L_f⁻¹
+    for turn in (p.orthogonal(p.n_in), Q, Q @ torch.matrix_exp(1e-2 * (skew - skew.mT))):
+        assert moved(T) <= moved(L_p @ turn @ torch.linalg.inv(L_f)) + 1e-9
+
+
+@given(problems(), st.booleans())
+def test_output_moments_match(p, known):
+    """(W+ΔW) Z_f (W+ΔW)ᵀ = W Z_p Wᵀ; without pre-training data Z_p = mean(diag Z_f)·I."""
+    W, Z_f, Z_p = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.spd(p.n_in)
+    B, A = cntlora(W, Z_f, Z_p if known else None, rank=min(p.n_in, p.n_out), damping=0)
+    if not known:
+        Z_p = Z_f.diagonal().mean() * eye(p.n_in)
+    assert near((W + B @ A) @ Z_f @ (W + B @ A).mT, W @ Z_p @ W.mT, 1e-6)
+    size = min(p.n_in, p.n_out)
+    damped = [Z + 0.2 * Z.trace() / p.n_in * eye(p.n_in) for Z in (Z_f, Z_p)]
+    if known:
+        B, A = cntlora(W, Z_f, Z_p, rank=size, damping=0.2)
+        assert near((W + B @ A) @ damped[0] @ (W + B @ A).mT, W @ damped[1] @ W.mT, 1e-6)
+
+
+@given(problems())
+def test_a_symmetric_distortion_is_undone_exactly(p):
+    """x_f = S x_p, S = I + r terms, symmetric positive definite: (W + BA) S = W at rank r."""
+    W, Z_p = p.normal(p.n_out, p.n_in), p.spd(p.n_in)
+    Q = p.orthogonal(p.n_in, p.rank)
+    S = eye(p.n_in) + (Q * (p.positive(p.rank) - 0.9 * (p.normal(1) > 0))) @ Q.mT
+    assume(torch.linalg.eigvalsh(S)[0] > 0.05)
+    B, A = cntlora(W, S @ Z_p @ S, Z_p, rank=p.rank, damping=0)
+    assert near((W + B @ A) @ S, W, 1e-6)
+
+
+@given(problems(), st.sampled_from([0.0, 0.1]))
+def test_no_shift_needs_no_change(p, damping):
+    """Z_f = Z_p: T = I, ΔW = 0."""
+    W, Z = p.normal(p.n_out, p.n_in), p.spd(p.n_in)
+    B, A = cntlora(W, Z, Z, rank=p.rank, damping=damping)
+    assert (B @ A).norm() <= 1e-8 * W.norm()
+
+
+@given(problems())
+def test_no_rival_factors_are_nearer(p):
+    """‖(ΔW − BA) Z_f^½‖ is least at rank r, truncation is nested, ‖column k of B‖² = σ_k."""
+    W, Z_f, Z_p = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.spd(p.n_in)
+    delta = W @ monge_map(Z_f, Z_p) - W
+    B, A = cntlora(W, Z_f, Z_p, rank=p.rank, damping=0)
+    values, vectors = torch.linalg.eigh(Z_f)
+    root = (vectors * values.sqrt()) @ vectors.mT
+
+    def distance(B: Tensor, A: Tensor) -> Tensor:
+        return ((delta - B @ A) @ root).norm()
+
+    spectrum = torch.linalg.svdvals(delta @ root)
+    assert near(B.square().sum(0), spectrum[: p.rank], 1e-6)
+    assert (distance(B, A) - spectrum[p.rank:].norm()).abs() <= 1e-6 * spectrum.norm()
+    for size in (1e-3, 1.0):
+        rival = B + size * p.normal(*B.shape), A + size * p.normal(*A.shape)
+        assert distance(B, A) <= distance(*rival) + 1e-9
+    B_all, A_all = cntlora(W, Z_f, Z_p, rank=min(p.n_in, p.n_out), damping=0)
+    assert near(B_all[:, : p.rank] @ A_all[: p.rank], B @ A, 1e-6) or p.rank < len(spectrum)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.0, 2.0, 5.0]), min_size=1, max_size=5),
+                min_size=1, max_size=4), st.data())
+def test_no_swap_of_a_rank_does_better(lists, data):
+    """Σ over layers of Σ_{k>r} σ_k² is least for Σ r = budget, each r ≥ 1: brute force over swaps."""
+    spectra = {str(i): torch.tensor(sorted(s, reverse=True)) for i, s in enumerate(lists)}
+    most = sum(len(s) for s in lists)
+    budget = data.draw(st.integers(len(lists), most))
+    ranks = allocate_ranks(spectra, budget)
+    assert sum(ranks.values()) == budget
+    assert all(1 <= ranks[n] <= len(s) for n, s in spectra.items())
+
+    def left_out(ranks: dict[str, int]) -> float:
+        return sum(s[ranks[n]:].square().sum().item() for n, s in spectra.items())
+
+    for a in ranks:
+        for b in ranks:
+            swapped = {**ranks, a: ranks[a] - 1}
+            swapped[b] += 1
+            if swapped[a] >= 1 and swapped[b] <= len(spectra[b]):
+                assert left_out(ranks) <= left_out(swapped)
+    for wrong in (len(lists) - 1, most + 1):
+        with pytest.raises(ValueError, match=f"budget {wrong}"):
+            allocate_ranks(spectra, wrong)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda G, Z, Y: lora_da(G, Z, Y, 3, 1), r"rank 3 is not in 1\.\.2"),
+    (lambda G, Z, Y: lora_da(G, Z, Y, 1, 0), "n_train 0"),
+    (lambda G, Z, Y: lora_da(G, Z, Y, 1, 1, variance=-1), "variance -1"),
+    (lambda G, Z, Y: lora_da(G, Z, Y, 1, 1, damping=-1), "damping -1"),
+    (lambda G, Z, Y: lora_da(G, Z[:2, :2], Y, 1, 1), r"input_moment has shape \(2, 2\), expected \(3, 3\)"),
+    (lambda G, Z, Y: lora_da(G, Z, Y[:1], 1, 1), r"output_fisher has shape \(1,\), expected \(2,\)"),
+    (lambda G, Z, Y: lora_da(G / 0, Z, Y, 1, 1), r"gradient \(2, 3\) holds NaN or Inf"),
+    (lambda G, Z, Y: lora_da(G, 0 * Z, Y, 1, 1), "not positive definite at damping 0.1"),
+    (lambda G, Z, Y: lora_da(G, Z, Y * torch.tensor([0, 1]), 1, 1, damping=0), "output_fisher.*raise"),
+    (lambda G, Z, Y: hrp(G, G, 1), r"A_high has|B_high has"),
+    (lambda G, Z, Y: hrp(G[:, :1], G[:1], 2), "preheating rank 1"),
+    (lambda G, Z, Y: hrp(G @ G.mT, G * math.inf, 1), "A_high.*NaN or Inf"),
+    (lambda G, Z, Y: cntlora(G, Z, rank=0), "rank 0"),
+    (lambda G, Z, Y: cntlora(G, Z, Y, rank=1), r"pretrain_moment has shape \(2,\)"),
+    (lambda G, Z, Y: cntlora(G, 0 * Z, rank=1), "raise damping"),
+    (lambda G, Z, Y: cntlora(G, Z, rank=1, damping=math.inf), "damping inf"),
+])
+def test_numbers_and_shapes_out_of_range_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 3), eye(3), torch.ones(2))
+
+
+# ---------------------------------------------------------------------------- statistics
+
+
+class Net(nn.Module):
+    """Two parallel layers on one input, one layer used twice, dropout, an in-place activation."""
+
+    def __init__(self, remat: bool | None = None, width: int = 4):
+        super().__init__()
+        self.q, self.k, self.twice = nn.Linear(3, width), nn.Linear(3, width), nn.Linear(width, width)
+        self.norm, self.drop, self.remat = nn.BatchNorm1d(width), nn.Dropout(0.5), remat
+        self.head = nn.Linear(width, 3)
+
+    def middle(self, h: Tensor) -> Tensor:
+        return self.twice(self.twice(h).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.relu_(self.q(x)) * self.k(x).sigmoid()
+        h = self.norm(h.flatten(0, -2)).view(h.shape)
+        h = self.middle(h) if self.remat is None else checkpoint(
+            self.middle, h, use_reentrant=self.remat)
+        return self.head(self.drop(h))
+
+
+def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, labels = batch
+    return nn.functional.cross_entropy(model(x).flatten(0, -2), labels.flatten())
+
+
+def net(seed: int = 0, device: str = "cpu", remat: bool | None = None) -> Net:
+    torch.manual_seed(seed)
+    model = Net(remat).to(device, torch.float64)
+    for layer in add_lora(model, 2, alpha=3).values():  # adapters hold something, not the start
+        layer.set_factors(torch.randn(layer.out_features, 2), torch.randn(2, layer.in_features))
+    return model
+
+
+def rows_of_data(n: int, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    return x.to(device), torch.randint(3, (n,), generator=g).to(device)
+
+
+def statistics_row_by_row(model: Net, data: tuple[Tensor, Tensor]) -> dict[str, list[Tensor]]:
+    """The oracle: for each row of data its own backward pass of −log p; then plain means."""
+    model = copy.deepcopy(model).eval()
+    for layer in lora_layers(model).values():
+        layer.set_factors(0 * layer.lora_B, layer.lora_A)
+    seen: dict[str, list] = {name: [] for name in lora_layers(model)}
+
+    def keep(name):
+        def hook(layer, args, y):
+            y.retain_grad()
+            seen[name].append((args[0], y))
+            return y.clone()  # which the model may change in place
+        return hook
+
+    for name, layer in lora_layers(model).items():
+        layer.register_forward_hook(keep(name))
+    for x, label in zip(*data):
+        mean_loss(model, (x[None], label[None])).backward()
+    means = {}
+    for name, pairs in seen.items():
+        x, g = (torch.cat(t).detach() for t in ([a for a, _ in pairs], [y.grad for _, y in pairs]))
+        means[name] = [sum(torch.outer(a, a) for a in x) / len(x),
+                       sum(torch.outer(b, a) for a, b in zip(x, g)) / len(x),
+                       sum(b * b for b in g) / len(x), len(x)]
+    return means
+
+
+def batched(data: tuple[Tensor, Tensor], sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(t.split(sizes) for t in data)))
+
+
+def same_statistics(actual: dict, expected: dict, tolerance: float = 1e-9) -> bool:
+    return actual.keys() == expected.keys() and all(
+        total.count == rows and near(total.input_moment, Z, tolerance)
+        and near(total.gradient, G, tolerance) and near(total.output_fisher, Y, tolerance)
+        for total, (Z, G, Y, rows) in zip(actual.values(), (expected[n] for n in actual)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("remat", [None, False, True])
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_statistics_are_per_row_means_however_rows_are_batched(device, remat, sizes, seed):
+    """Z, G, Y from one pass = sums over single-row autograd, with checkpointing or without."""
+    model, data = net(seed, device), rows_of_data(sum(sizes), seed, device)
+    expected = statistics_row_by_row(model, data)
+    model.remat = remat
+    actual = collect_statistics(model, lora_layers(model), batched(data, sizes), mean_loss)
+    assert same_statistics({n: actual[n] for n in expected}, expected)
+    model.remat = None
+    forward = collect_statistics(model, lora_layers(model), batched(data, sizes),
+                                 lambda m, b: m(b[0]), backward=False)
+    assert all(near(forward[n].input_moment, expected[n][0]) and forward[n].gradient is None
+               and forward[n].count == expected[n][3] for n in expected)
+
+
+@given(st.integers(0, 99))
+def test_masked_rows_do_not_count(seed):
+    """Rows where mask_fn is False leave no mark, whatever they hold."""
+    model, data = net(seed), rows_of_data(12, seed)
+    mask = torch.rand(12, generator=torch.Generator().manual_seed(seed)) < 0.6
+    assume(mask.view(2, 6).any(dim=1).all())
+    expected = statistics_row_by_row(model, tuple(t[mask] for t in data))
+
+    def masked_loss(model, batch):
+        x, labels, keep = batch
+        return nn.functional.cross_entropy(model(x)[keep], labels[keep])
+
+    batches = batched((torch.where(mask[:, None], data[0], 1e6), data[1], mask), [6, 6])
+    actual = collect_statistics(model, lora_layers(model), batches, masked_loss,
+                                mask_fn=lambda batch: batch[2])
+    assert same_statistics({n: actual[n] for n in expected}, expected)
+    with pytest.raises(ValueError, match=r"'\w+': the mask \(3,\) does not fit the input \(6, \d\)"):
+        collect_statistics(model, lora_layers(model), batches, masked_loss,
+                           mask_fn=lambda batch: batch[2][:3])
+
+
+def test_a_shared_input_is_multiplied_once():
+    """q and k get equal moments; x.T @ x is computed for 4 inputs, not for 5 calls."""
+    model, products = net(), []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.mm.default and result.shape[0] == args[1].shape[1]:
+                products.append(result.shape)
+            return result
+
+    with Count():
+        actual = collect_statistics(model, lora_layers(model), [rows_of_data(7)],
+                                    lambda m, b: m(b[0]), backward=False)
+    assert torch.equal(actual["q"].input_moment, actual["k"].input_moment)
+    assert sorted(products) == [(3, 3), (4, 4), (4, 4), (4, 4)]
+
+
+def snapshot(model: nn.Module) -> list:
+    """All that a call must leave as it was."""
+    state = [torch.get_rng_state(), *(t.clone() for t in model.state_dict().values())]
+    for parameter in model.parameters():
+        state += [id(parameter), parameter.requires_grad, parameter.grad, id(parameter.grad)]
+    for module in model.modules():
+        state += [module.training, getattr(module, "scaling", None), len(module._forward_hooks),
+                  len(module._forward_pre_hooks), len(module._backward_hooks)]
+    return [s.clone() if isinstance(s, Tensor) else s for s in state]
+
+
+def same(before: list, after: list) -> bool:
+    return len(before) == len(after) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after))
+
+
+def trained_net() -> Net:
+    """In the middle of a training: gradients, mixed modes, a partly frozen adapter."""
+    model = net()
+    mean_loss(model, rows_of_data(5)).backward()
+    model.drop.eval()
+    model.k.lora_A.requires_grad_(False)
+    return model
+
+
+def collect(model, batches, loss_fn):
+    return collect_statistics(model, lora_layers(model), batches, loss_fn)
+
+
+@pytest.mark.parametrize("call", [collect, *INITS])
+@pytest.mark.parametrize("failure", ["raises", "nan", "vector", "detached", "no tensor", "empty"])
+def test_a_call_that_fails_leaves_no_trace(call, failure):
+    """The loss goes wrong in the middle of the second batch; everything is as before."""
+    model, batches = trained_net(), batched(rows_of_data(8), [4, 4])
+    before, calls = snapshot(model), []
+
+    def bad_loss(model, batch):
+        calls.append(torch.rand(1))  # draws from the global random state
+        loss = mean_loss(model, batch)
+        if len(calls) < 2:
+            return loss
+        if failure == "raises":
+            raise RuntimeError("in the middle")
+        return {"nan": loss * math.nan, "vector": loss * torch.ones(2), "detached": loss.detach(),
+                "no tensor": loss.item()}[failure]
+
+    if call is init_cntlora and failure == "detached":
+        return  # it never looks at a gradient
+    message = {"raises": "in the middle", "empty": "batches is empty"}.get(
+        failure, "batch 0" if call is init_cntlora else "batch 1")  # its guard comes third
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        call(model, [] if failure == "empty" else batches, bad_loss)
+    assert same(before, snapshot(model))
+
+
+def test_statistics_leave_no_trace_and_no_gradient_of_a_weight():
+    model, batches = trained_net(), batched(rows_of_data(8), [4, 4])
+    before, needs = snapshot(model), []
+
+    def loss_fn(model, batch):
+        needs.extend(p.requires_grad for p in model.parameters())
+        torch.rand(1)
+        return mean_loss(model, batch)
+
+    with torch.no_grad():
+        collect_statistics(model, lora_layers(model), batches, loss_fn)
+    assert same(before, snapshot(model)) and not any(needs)
+
+
+def test_a_layer_that_no_row_reached_and_one_that_overflowed_are_named():
+    model, data = net(), [rows_of_data(4)]
+    model.unused = LoRALinear(nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="'unused' was reached by no row"):
+        init_lora_da(model, data, mean_loss)
+    del model.unused
+    for call in (init_lora_da, init_cntlora):
+        with pytest.raises(ValueError, match="'q': input_moment holds NaN or Inf"):
+            call(model, [(torch.full((4, 3), 1e200, dtype=torch.float64), data[0][1])],
+                 lambda m, b: (m(b[0]) * 0).nan_to_num().sum())
+
+    def in_place(model, batch):
+        x = model.q(batch[0])
+        y = model.twice(x)
+        x += y
+        return x.square().mean() + mean_loss(model, batch)
+
+    with pytest.raises(ValueError, match="'twice': its input .* changed in place"):
+        collect(model, data, in_place)
+
+
+# ---------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("init", INITS)
+def test_no_start_is_worse_than_the_pretrained_model(init, device):
+    """The guard: mean loss over the batches ≤ the pre-trained one, for steps of any length."""
+    for seed in range(8):
+        model, batches = net(seed, device), batched(rows_of_data(12, seed, device), [5, 7])
+        model.eval()
+        merged = merge_lora(copy.deepcopy(model))
+        base = copy.deepcopy(model)
+        for layer in lora_layers(base).values():
+            layer.scaling = 0.0
+        pretrained = sum(mean_loss(base, b).item() for b in batches) / 2
+        assert abs(pretrained - sum(mean_loss(merged, b).item() for b in batches) / 2) > 1e-3
+        weights = [layer.weight.clone() for layer in lora_layers(model).values()]
+        for scale in (0.01, 10.0, None) if init is not init_hrp else (0.0,):
+            factor = init(model, batches, mean_loss, **({"scale": scale} if scale != 0.0 else {}))
+            assert factor in (0.0, *(0.5**k for k in range(11)))
+            assert sum(mean_loss(model, b).item() for b in batches) / 2 <= pretrained + 1e-12
+            changed = [layer.delta_weight().norm() > 0 for layer in lora_layers(model).values()]
+            assert any(changed) == (factor > 0 and init is not init_hrp)
+        assert all(torch.equal(w, m.weight) for w, m in zip(weights, lora_layers(model).values()))
+
+
+def test_the_guard_takes_the_first_factor_that_is_no_worse():
+    """One weight, loss (y − t)²/2, step 10 times too long: 1, ½, ¼ overshoot, ⅛ does not."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    add_lora(model, 1, alpha=4)
+    model[0].weight.data.fill_(1.0)
+    batch = [torch.ones(2, 1)]
+
+    def loss_fn(model, x):
+        return (model(x) - 1.1).square().mean() / 2  # the gradient's sign is right, W* = 1.1
+
+    factor = init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0)
+    assert factor == 0.125  # 1.1 + 0.1 ≥ 1 + factor, so ⅛ is the first
+    assert torch.allclose(model[0].delta_weight(), torch.tensor([[0.125]]))
+    assert init_lora_da(model, batch, loss_fn, scale=1e4, damping=0.0) == 0.0
+    assert model[0].delta_weight() == 0 and model[0].lora_A.abs() == 1  # the direction is kept
+    assert init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0, guard=False) == 1.0
+    assert torch.allclose(model[0].delta_weight(), torch.tensor([[1.0]]))
+
+
+def test_lora_da_on_a_model_is_lora_da_on_its_statistics():
+    """Each layer: (B, A) = lora_da(G, Z, Y), rescaled to ‖s·BA‖₂ = scale·‖W‖₂, n_train = rows."""
+    model, batches = net(), batched(rows_of_data(9), [4, 5])
+    totals = collect(model, batches, mean_loss)
+    for n_train, scale, identity in ((None, 0.03, False), (50, None, False), (None, None, True)):
+        init_lora_da(model, batches, mean_loss, n_train=n_train, scale=scale, variance=3.0,
+                     damping=0.2, identity_fisher=identity, guard=False)
+        for name, layer in lora_layers(model).items():
+            t = totals[name]
+            Z = eye(layer.in_features) if identity else t.input_moment
+            Y = torch.ones_like(t.output_fisher) if identity else t.output_fisher
+            B, A = lora_da(t.gradient, Z, Y, 2, n_train or t.count, variance=3.0, damping=0.2)
+            delta = B @ A
+            if scale is not None:
+                delta *= scale * torch.linalg.svdvals(layer.weight)[0] / torch.linalg.svdvals(delta)[0]
+            assert near(layer.delta_weight(), delta) and near(layer.lora_A, A)
+
+
+def test_cntlora_on_a_model_is_cntlora_on_its_moments():
+    model, batches = net(), batched(rows_of_data(9), [4, 5])
+    old = batched(rows_of_data(9, 1), [9])
+    Z_f, Z_p = (collect(model, b, mean_loss) for b in (batches, old))
+    for pretrain in (None, old):
+        init_cntlora(model, batches, lambda m, b: m(b[0]), pretrain_batches=pretrain, damping=0.2,
+                     scale=None, guard=False)
+        for name, layer in lora_layers(model).items():
+            B, A = cntlora(layer.weight, Z_f[name].input_moment,
+                           Z_p[name].input_moment if pretrain else None, rank=2, damping=0.2)
+            assert near(layer.delta_weight(), B @ A) and near(layer.lora_A, A)
+
+
+def test_cntlora_spends_a_rank_budget_over_layers():
+    model, batches = net(), [rows_of_data(30)]
+    init_cntlora(model, batches, mean_loss, rank_budget=7, scale=None, guard=False)
+    ranks = {name: layer.rank for name, layer in lora_layers(model).items()}
+    moments = collect(model, batches, mean_loss)
+    full = {n: cntlora(m.weight, moments[n].input_moment, rank=min(m.weight.shape))[0]
+            for n, m in lora_layers(model).items()}
+    assert ranks == allocate_ranks({n: B.square().sum(0) for n, B in full.items()}, 7)
+    assert sum(ranks.values()) == 7 and len(set(ranks.values())) > 1
+    with pytest.raises(ValueError, match="budget 3"):
+        init_cntlora(model, batches, mean_loss, rank_budget=3)
+
+
+@pytest.mark.parametrize("train_A", [False, True])
+def test_hrp_on_a_model_is_a_short_high_rank_training(train_A):
+    """Adam on B_high (and A_high) from 0, by hand on dense weights W + B_high·A_high."""
+    model, batches = net().eval(), batched(rows_of_data(12), [4, 4, 4])
+    layers = lora_layers(model)
+    init_hrp(model, batches, mean_loss, preheat_rank=3, lr=0.1, train_A=train_A, seed=5)
+    torch.manual_seed(5)
+    factors = {}
+    for name, layer in layers.items():
+        high = min(3, *layer.weight.shape)
+        A = nn.init.kaiming_uniform_(torch.empty(high, layer.in_features).double(), a=math.sqrt(5))
+        factors[name] = [torch.zeros(layer.out_features, high).double().requires_grad_(),
+                         A.requires_grad_(train_A)]
+    optimizer = torch.optim.Adam([t for f in factors.values() for t in f if t.requires_grad], 0.1)
+    plain = copy.deepcopy(model)
+    for layer in lora_layers(plain).values():
+        layer.scaling = 0.0
+    for batch in batches:
+        optimizer.zero_grad()
+        weights = {f"{n}.weight": layers[n].weight + B @ A for n, (B, A) in factors.items()}
+        mean_loss(lambda x, w=weights: torch.func.functional_call(plain, w, (x,)), batch).backward()
+        optimizer.step()
+    for name, layer in layers.items():
+        assert not layer.lora_B.any() and layer.lora_A.shape == (2, layer.in_features)
+        V = torch.linalg.svd((factors[name][0] @ factors[name][1]).detach()).Vh[:2]
+        assert near(projector(layer.lora_A), V.mT @ V, 1e-5)
+
+
+@pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
+def test_a_failure_at_the_last_layer_changes_no_layer(init):
+    """The head sees only zeros, so its moment is singular: it is named, and nothing moves."""
+    model, batches = trained_net(), [rows_of_data(6)]
+    model.head.register_forward_pre_hook(lambda layer, args: args[0] * 0)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer 'head': the input moment \(4, 4\) is not positive"):
+        init(model, batches, mean_loss)
+    assert same(before, snapshot(model))
+    with pytest.raises(ValueError, match="call add_lora first"):
+        init(nn.Linear(2, 2), batches, mean_loss)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("init", INITS)
+def test_the_same_seed_gives_the_same_bits_and_the_random_state_stays(init, device):
+    results, batches = [], batched(rows_of_data(12, 0, device), [6, 6])
+
+    def noisy_loss(model, batch):
+        return mean_loss(model, batch) + 0.1 * model(torch.randn_like(batch[0])).square().mean()
+
+    for outer, seed in ((1, 0), (2, 0), (3, 1)):
+        model = net(0, device)
+        torch.manual_seed(outer)
+        init(model, batches, noisy_loss, seed=seed)
+        after = torch.rand(1)
+        torch.manual_seed(outer)
+        assert torch.equal(after, torch.rand(1))
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
+def test_a_generator_that_ran_dry_before_the_guard_is_an_error(init):
+    model, batches = trained_net(), batched(rows_of_data(8), [4, 4])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="batches is empty.*a generator can be read only once"):
+        init(model, iter(batches), mean_loss)
+    assert same(before, snapshot(model))
+    init(model, iter(batches), mean_loss, guard=False)
+    assert not same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("init", INITS)
+def test_bfloat16_and_partly_frozen_models_start_near_the_float64_one(init, device):
+    """Half-precision weights, float32 statistics and factors; only one layer adapted."""
+    torch.manual_seed(0)
+    exact = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).to(device, torch.bfloat16)
+    half, exact = copy.deepcopy(exact), exact.double()
+    x, labels = rows_of_data(64, 0, device)
+    ends = []
+    for model in (exact, half):
+        add_lora(model, 1, targets=["2"])
+        data = [(x.to(model[0].weight.dtype), labels)] * 4
+        init(model, data, lambda m, b: mean_loss(m, b).float(), **(
+            {} if init is init_hrp else {"guard": False}))
+        assert model[2].lora_A.dtype == (torch.float64 if model is exact else torch.float32)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            "2.lora_A", "2.lora_B"}
+        ends.append((projector(model[2].lora_A).double(), model[2].delta_weight().double()))
+    if init is not init_hrp:  # whose A_high is drawn in the dtype of the factors
+        assert near(ends[1][0], ends[0][0], 0.1) and near(ends[1][1], ends[0][1], 0.1)
+
+
+def test_a_whole_round_never_writes_a_base_weight():
+    """Add, three inits, training, merging: W and b stay bit-identical; the loss falls."""
+    torch.manual_seed(0)
+    model, batches = Net().double(), batched(rows_of_data(16), [8, 8])
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    add_lora(model, 2)
+    model.eval()
+    for init in INITS:
+        init(model, batches, mean_loss)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+        losses = []
+        for batch in batches * 10:
+            optimizer.zero_grad()
+            losses.append(mean_loss(model, batch))
+            losses[-1].backward()
+            optimizer.step()
+        assert sum(losses[-2:]) < sum(losses[:2])
+    adapted = copy.deepcopy(model)
+    merge_lora(model)
+    state = adapted.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    assert not torch.equal(model.q.weight, base["q.weight"])
+
+
+# ---------------------------------------------------------------------------- the pages
+
+
+def test_every_test_that_a_docstring_names_exists():
+    named = set(re.findall(r"test_\w+", Path(lora_init.__file__).read_text(encoding="utf-8")))
+    assert len(named) > 10 and named <= set(globals())
+
+
+def test_the_readmes_python_prints_what_the_readme_says():
+    """Each ```python block runs, in order, in one namespace, and prints the ```text after it."""
+    page = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", page, re.DOTALL)
+    assert blocks
+    namespace: dict = {}
+    for code, expected in blocks:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)  # noqa: S102  the page is ours
+        assert printed.getvalue() == expected
