@@ -53,7 +53,7 @@ class Args:
     preset: str = option("auto", "small (0.9 M parameters), large (26 M), auto: large on a GPU")
     device: str = option("auto", "cpu, cuda, mps; auto takes a GPU where there is one")
     rank: int = option(2, "rank of every adapter")
-    steps: int = option(100, "fine-tuning steps, of Adam with a linearly falling rate")
+    steps: int = option(120, "fine-tuning steps, of Adam with a linearly falling rate")
     pretrain_steps: int = option(3000, "pre-training steps")
     finetune_bytes: int = option(65536, "amount of fine-tuning text")
     calibration: int = option(8, "training batches that LoRA-DA, SVD and CNTLoRA look at")
@@ -206,6 +206,7 @@ def pretrained(args: Args, tokens: dict[str, Tensor], shape: dict) -> Transforme
             return model
         except Exception as error:  # noqa: BLE001  damaged files raise many kinds, one remedy
             print(f"{file} is damaged ({type(error).__name__}): pre-training anew")
+
     batches = draw(tokens["train"], args.pretrain_steps, shape, 0, args.device)
     for _ in train(model, batches, 2e-3, "pre-training"):
         pass

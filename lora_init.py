@@ -10,7 +10,7 @@ LoRA fine-tunes a frozen weight W through two thin factors:   y = W x + b + s·B
     ΔW delta_weight (out, in)  s·B A           G  gradient       (out, in)  E[g xᵀ]
 
     plain LoRA  looks at nothing;     costs nothing;              starts at A random, B = 0
-    lora_da     gradients, inputs;    one backward pass;          at the projected Newton step
+    lora_da     gradients, inputs;    one backward pass;          at one Newton step, cut to rank r
     hrp         a short training;     that training;              at A = main directions, B = 0
     cntlora     inputs, no labels;    one forward pass;           where the output moments match
 
@@ -23,7 +23,9 @@ model-level calls. One orientation holds throughout, PyTorch's: rows of A live i
 """
 
 import difflib
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +65,11 @@ class LoRALinear(nn.Linear):
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # (…, out)
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(input, self.weight, self.bias)  # (…, out)
         if self.scaling == 0:
             return y
-        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (…, r)
+        down = F.linear(input.to(self.lora_A.dtype), self.lora_A)  # (…, r)
         return y + F.linear(self.scaling * down, self.lora_B).to(y.dtype)
 
     def delta_weight(self) -> Tensor:
@@ -107,7 +109,7 @@ class LoRALinear(nn.Linear):
 
 
 def _check_rank(rank: int, n_out: int, n_in: int) -> None:
-    if not 1 <= rank <= min(n_out, n_in):
+    if not 1 <= operator.index(rank) <= min(n_out, n_in):
         raise ValueError(f"rank {rank} is not in 1..{min(n_out, n_in)}, the limit of a weight "
                          f"({n_out}, {n_in})")
 
@@ -117,9 +119,10 @@ def _check_adaptable(name: str, module: nn.Module, rank: int, alpha: float | Non
     if type(module) is not nn.Linear or not isinstance(weight, nn.Parameter):
         raise TypeError(f"'{name}' is {type(module).__name__}, not exactly nn.Linear: target other "
                         "layers, or replace it by an nn.Linear (a Conv1D's weight is transposed)")
-    if weight.is_meta or weight.layout != torch.strided or not weight.is_floating_point():
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if weight.is_meta or weight.layout != torch.strided or weight.dtype not in dtypes:
         raise TypeError(f"'{name}' ({type(module).__name__}) has a {weight.dtype} weight on "
-                        f"{weight.device}, layout {weight.layout}: load it dense, floating-point")
+                        f"{weight.device}, layout {weight.layout}: load it dense, in 16 to 64 bits")
     with _naming(name):
         _check_rank(rank, *weight.shape)
         if alpha is not None and not 0 < alpha < math.inf:
@@ -152,7 +155,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
     Raises ValueError where a target matches nothing or a rank does not fit, TypeError where it
     matches something other than a dense `nn.Linear`; the model is then unchanged.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     linear_names = [name for name, module in modules.items() if type(module) is nn.Linear]
     if targets is None or callable(targets):
         names = [name for name in linear_names if targets is None or targets(name)]
@@ -167,8 +170,13 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
         near = difflib.get_close_matches(target, linear_names, cutoff=0.3) or linear_names[:3]
         raise ValueError(f"target '{target}' matches no module below {type(model).__name__}; "
                          f"near names: {', '.join(near) or 'none, it holds no nn.Linear'}")
+    names = list({modules[name]: name for name in reversed(names)}.values())[::-1]  # first names
     for name in names:
         _check_adaptable(name, modules[name], rank, alpha)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise TypeError(f"'{name}': in eval mode {type(parent).__name__} reads the weight past "
+                            "its layer: call torch.backends.mha.set_fastpath_enabled(False) first")
     trained = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
@@ -196,6 +204,16 @@ def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
 
 
 # ---------------------------------------------------------------------------- 2. linear algebra
+
+
+def _plain_arithmetic(function: Callable) -> Callable:
+    """No gradient is recorded inside, and a surrounding autocast does not reach in."""
+    @functools.wraps(function)
+    def wrapper(*args: object, **kwargs: object) -> object:
+        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+    return wrapper
 
 
 def _check_tensors(damping: float, **named: tuple[Tensor, tuple[int, ...]]) -> list[Tensor]:
@@ -257,7 +275,7 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
 # ---------------------------------------------------------------------------- 3. the algorithms
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank: int,
             n_train: int, *, variance: float = 1.0, damping: float = 0.1) -> tuple[Tensor, Tensor]:
     """LoRA-DA [2, Algorithm 1]: the A that makes a fit on `n_train` rows err least, and its B.
@@ -268,11 +286,12 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     is LoRA-FA) and choose A to minimize E‖Ŵ − W*‖²_F, a sum of bias and variance:
 
     1. Bias. The best that BA can do is ΔAᵀA, at the distance ‖Δ‖² − tr(A ΔᵀΔ Aᵀ).
-    2. Variance. With K-FAC [5] the Fisher information of W is J = diag(Y) ⊗ Z, so that of B is
-       diag(Y) ⊗ AZAᵀ, and an efficient fit has the variance (1/N)·Σᵢ1/Yᵢ · tr (AZAᵀ)⁻¹. Because
-       (AZAᵀ)⁻¹ ⪯ A Z⁻¹ Aᵀ when AAᵀ = I, it is at most (1/N)·Σᵢ1/Yᵢ · tr(A Z⁻¹ Aᵀ).
+    2. Variance. With K-FAC [5] the Fisher information of W, its rows laid end to end, is
+       J = diag(Y) ⊗ Z, and that of B is diag(Y) ⊗ AZAᵀ. For large N the fit's variance is the
+       trace of its inverse over N: (1/N)·Σᵢ1/Yᵢ·tr (AZAᵀ)⁻¹. If AAᵀ = I, A Z⁻¹ Aᵀ − (AZAᵀ)⁻¹ is
+       positive semidefinite, so the variance is at most (1/N)·Σᵢ1/Yᵢ·tr(A Z⁻¹ Aᵀ).
     3. Together E‖Ŵ − W*‖² ≲ tr(A Ω Aᵀ) + ‖Δ‖², with Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in).
-    4. Courant–Fischer: least for A = the r eigenvectors of Ω with the smallest eigenvalues.
+    4. Least, by Courant–Fischer, for A = the eigenvectors of Ω's r smallest eigenvalues.
     5. Δ is unknown; one natural-gradient step estimates it. The loss near W is
        ⟨G, Δ⟩ + ½ vec(Δ)ᵀ J vec(Δ), least where diag(Y) Δ Z = −G, so Δ = −diag(Y)⁻¹ G Z⁻¹.
        (The raw gradient, Y = Z = I, would assume that the loss is equally steep everywhere.)
@@ -290,7 +309,7 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     the authors' code adds 1e-6 whatever the units, divides Δ by its top singular value, weighs the
     variance by 0.03 and shrinks both factors. The paper writes y = xW, so its A is our Aᵀ. The
     bias in step 1 is the plain Euclidean one, as in the paper; a fit on rows weighs it by Z.
-    If Y = 0 no gradient arrived: A comes from the variance term alone, and B = 0.
+    If Y = 0 (no gradient arrived) A comes from the variance term alone, and B = 0.
 
     Cost: in³/3 for the Cholesky factor, 2·out·in² for Δ, then the eigenvectors of Ω (exact up to
     in = 1024, iterative with a residual check above; see `_lowest_eigenvectors`).
@@ -298,7 +317,7 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     """
     n_out, n_in = gradient.shape
     _check_rank(rank, n_out, n_in)
-    if n_train < 1 or not 0 <= variance < math.inf:
+    if not n_train >= 1 or not 0 <= variance < math.inf:
         raise ValueError(f"n_train {n_train} must be at least 1, variance {variance} in [0, ∞)")
     G, Z, Y = _check_tensors(damping, gradient=(gradient, (n_out, n_in)),
                              input_moment=(input_moment, (n_in, n_in)),
@@ -319,7 +338,7 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     return delta @ A.mT, A
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """High-Rank Preheating [3]: the main directions of a short training at a higher rank.
 
@@ -328,7 +347,7 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Objective. A rank-r fit with A frozen can learn no more than D AᵀA of the change D it needs;
     that is best, by Eckart–Young, if A spans the top r right singular vectors of D.
-    1. A random A of rank r misses them. A random A_high of rank R holds more of each, and
+    1. A random A of rank r misses them. A random A_high of rank R comes nearer to each, and
        training B_high from 0 finds, by its gradient, which of them matter. The paper proves for
        gradient flow that the directions improve with R, with A frozen and with A trained.
     2. So A = the top r right singular vectors of the preheated change B_high·A_high.
@@ -355,7 +374,7 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return B_high.new_zeros(n_out, rank), V_t[:rank] @ Q_2.mT
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     """T (in, in), symmetric positive definite, with T Z_f Tᵀ = Z_p: of all maps the nearest to I.
 
@@ -373,7 +392,7 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, T, upper=False, left=False)
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None = None, *,
             rank: int, damping: float = 0.1) -> tuple[Tensor, Tensor]:
     """CNTLoRA, after ConsNoTrainLoRA [4]: the change that undoes a shift of the input domain.
@@ -383,7 +402,7 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     without training, decomposed into factors of variable rank. What follows keeps to that.
 
     Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, if pre-training data is at hand,
-    its Z_p; returns B (out, r), A (r, in), balanced: ‖column k of B‖² = k-th singular value.
+    its Z_p; returns B (out, r) and A (r, in), with A Z_f Aᵀ = I.
 
     1. Output constraint: on fine-tuning inputs the adapted layer has the second moments that the
        pre-trained one had on its own: (W+ΔW) Z_f (W+ΔW)ᵀ = W Z_p Wᵀ.
@@ -394,12 +413,13 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     4. Result: ΔW = W (T − I), a closed form.
     5. Factors: the best of rank r on the data, min ‖(ΔW − BA) L‖_F with L Lᵀ = Z_f, which is
        E‖(ΔW − BA)x‖². By Eckart–Young, from the SVD ΔW L = U Σ Vᵀ:
-       B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ L⁻¹.  For r < r′ they are the first r columns and rows.
+       B = U_r Σ_r and A = V_rᵀ L⁻¹. This split whitens what B sees, E[Ax (Ax)ᵀ] = I, and leaves
+       A alive where ΔW = 0; halving Σ between both would start at the saddle A = B = 0.
 
-    Guarantees. No shift gives ΔW = 0 (test_no_shift_needs_no_change); x_f = S x_p with S symmetric
-    positive definite is undone exactly, T = S⁻¹, if rank(S − I) ≤ r
-    (test_a_symmetric_distortion_is_undone_exactly); output moments match
-    (test_output_moments_match); no rank-r rival is nearer (test_no_rival_factors_are_nearer).
+    Guarantees. No shift gives ΔW = 0 (test_no_shift_needs_no_change). Without damping, x_f = S x_p
+    with S symmetric positive definite is undone exactly, T = S⁻¹, if rank(S − I) ≤ r
+    (test_a_symmetric_distortion_is_undone_exactly), and output moments match at full rank
+    (test_output_moments_match). No rank-r rival is nearer (test_no_rival_factors_are_nearer).
     It is blind to labels: where only the task changed, it has nothing to say.
 
     `damping` adds damping·mean(diag) to both moments. Moments are not centred: a mean counts too.
@@ -418,9 +438,8 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
         Z_p = Z_f.diagonal().mean() * torch.eye(n_in, dtype=Z_f.dtype, device=Z_f.device)
     delta = W @ monge_map(Z_f, Z_p) - W  # (out, in)
     U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
-    root = S[:rank].sqrt()  # (r,)
-    A = torch.linalg.solve_triangular(L, root[:, None] * V_t[:rank], upper=False, left=False)
-    return U[:, :rank] * root, A
+    A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)  # (r, in)
+    return U[:, :rank] * S[:rank], A
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
@@ -464,9 +483,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     """Z, G and Y of each layer, in one pass over `batches`, at the pre-trained weights.
 
     `loss_fn(model, batch)` returns the MEAN −log p over rows, so a row's g is the gradient at the
-    layer's output times the number of rows in that call: results do not depend on how rows are
-    batched. A layer called twice sees twice the rows. `mask_fn(batch)`, bool, of the input's
-    leading shape, is True where a row counts. With `backward=False` only Z is taken, no gradient
+    layer's output times the number of rows in that call: as long as a layer sees the rows that the
+    loss averages, results do not depend on how they are batched. A layer called twice sees twice
+    the rows. `mask_fn(batch)`, bool, of the input's leading shape, is True where a row counts. With `backward=False` only Z is taken, no gradient
     is computed, and what loss_fn returns is not looked at.
 
     How: a forward hook keeps x for a hook on the gradient of y; there both are in hand. Nothing is
@@ -474,7 +493,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     counted once, as its gradient arrives once. Layers that share an input tensor (q, k, v) share
     its product xᵀx. Sums are in float32 at least.
 
-    Cost: one forward and one backward pass of activations, plus rows·(in² + 2·out·in) flops;
+    Cost: one forward and one backward pass of activations, plus 2·rows·in·(in + out) flops;
     memory in² + out·in + out floats a layer, and one batch of inputs. Leaves no trace: modes,
     requires_grad, .grad, adapters, hooks and the random state are as before, also after an error.
 
@@ -485,12 +504,13 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     shared: list = [None, 0, None]  # the last input, its version, and its xᵀx
     mask: Tensor | None = None
 
-    @torch.no_grad()
+    @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
-        if mask is not None and mask.shape != x.shape[:-1]:
-            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)} does not fit the input "
-                             f"{tuple(x.shape)}: mask_fn must return its leading shape")
-        if x._version != version:
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)}, {mask.dtype}, does not "
+                             f"fit the input {tuple(x.shape)}: mask_fn must return a bool tensor "
+                             "of its leading shape")
+        if _version(x) != version:
             raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
                              "after the call: write x = x + …, not x += …")
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -502,7 +522,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         total.count += len(rows)
         total.input_moment += shared[2]
         if g is not None:
-            g = len(rows) * g[keep].reshape(-1, g.shape[-1]).to(dtype)  # (rows, out)
+            g = len(rows) / 1024 * g[keep].reshape(-1, g.shape[-1]).to(dtype)  # (rows, out)
             if total.gradient is None:
                 total.gradient = g.new_zeros(g.shape[1], rows.shape[1])
                 total.output_fisher = g.new_zeros(g.shape[1])
@@ -510,8 +530,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
             total.output_fisher += g.square().sum(dim=0)
 
     def forward_hook(name: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
-            x, version = args[0], args[0]._version
+        def hook(layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+            x = args[0] if args else kwargs["input"]
+            version = _version(x)
             if not backward:
                 accumulate(name, x, version, None)
             elif torch.is_grad_enabled():
@@ -522,13 +543,14 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         return hook
 
     with _pretrained(model), torch.set_grad_enabled(backward):
-        handles = [layer.register_forward_hook(forward_hook(n)) for n, layer in layers.items()]
+        handles = [layer.register_forward_hook(forward_hook(name), with_kwargs=True)
+                   for name, layer in layers.items()]
         try:
             for number, batch in _numbered(batches):
                 mask, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
                 loss = loss_fn(model, batch)
-                if backward:
-                    _checked(loss, number).backward()
+                if backward:  # times 1024, which is exact: in half precision small g's survive
+                    _checked(loss, number).backward(torch.full_like(loss, 1024))
         finally:
             for handle in handles:
                 handle.remove()
@@ -543,6 +565,11 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     return sums
 
 
+def _version(x: Tensor) -> int:
+    """Counts the changes in place; inference tensors have no counter."""
+    return 0 if x.is_inference() else x._version
+
+
 @contextmanager
 def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str, LoRALinear]]:
     """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
@@ -551,12 +578,15 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count())
+    with torch.inference_mode(False), torch.random.fork_rng(devices):
         try:
             if seed is not None:
                 torch.manual_seed(seed)
             model.requires_grad_(False).eval()
-            for layer, _, A, B in adapters:
+            for layer, scaling, A, B in adapters:
+                if scaling == 0 and seed is not None:
+                    raise ValueError("an adapter has scaling 0, switched off: set it before an init")
                 layer.scaling = 0.0
                 layer.lora_A, layer.lora_B = (nn.Parameter(p.detach().clone(), False) for p in (A, B))
             yield layers
@@ -599,7 +629,7 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     `loss_fn(model, batch)` → mean −log p, as in `collect_statistics`. `n_train`: the number of
     rows (tokens, for a language model) that fine-tuning will see; left out, the rows seen here.
     Each B is rescaled so that ‖ΔW‖₂ = scale·‖W‖₂: the full Newton step, `scale=None`, is right on
-    a quadratic and far too long in a deep network. `identity_fisher` with `variance=0` starts at
+    a quadratic and far too long in a deep network; a layer whose W is 0 gets B = 0. `identity_fisher` with `variance=0` starts at
     the gradient's singular vectors, the baseline.
 
     The guard, ours: while the mean loss over `batches` is above the pre-trained model's, halve
@@ -615,11 +645,12 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
             if identity_fisher:
                 total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
                 total.output_fisher = torch.ones_like(total.output_fisher)
+            rows = total.count if n_train is None else n_train
             with _naming(name):
                 B, A = lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
-                               n_train or total.count, variance=variance, damping=damping)
+                               rows, variance=variance, damping=damping)
             factors[name] = _with_length(B, A, layer.weight, scale), A
-        factor = _guard(model, factors, batches, loss_fn) if guard else 1.0
+        factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
@@ -633,6 +664,8 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     """
     with _pretrained(model, seed) as layers, torch.enable_grad():
         ranks = {name: layer.rank for name, layer in _some(layers).items()}
+        if preheat_rank < max(ranks.values()):
+            raise ValueError(f"preheat_rank {preheat_rank} is below a rank of {max(ranks.values())}")
         for name, layer in layers.items():
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = layer.lora_A.new_empty(high, layer.in_features)
@@ -649,6 +682,8 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             optimizer.step()
         factors = {}
         for name, layer in layers.items():
+            if not layer.lora_B.any():
+                raise ValueError(f"layer '{name}' got no gradient in preheating: target others")
             with _naming(name):
                 factors[name] = hrp(layer.lora_B, layer.lora_A, ranks[name])
     return _install(layers, factors, 1.0)
@@ -683,12 +718,12 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
                 factors[name] = cntlora(layer.weight, Z_f[name], Z_p.get(name), rank=ranks[name],
                                         damping=damping)
         if rank_budget is not None:
-            spectra = {name: B.square().sum(dim=0) for name, (B, _) in factors.items()}
+            spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
             ranks = allocate_ranks(spectra, rank_budget)
         for name, (B, A) in factors.items():
             B, A = B[:, : ranks[name]], A[: ranks[name]]
             factors[name] = _with_length(B, A, layers[name].weight, scale), A
-        factor = _guard(model, factors, batches, loss_fn) if guard else 1.0
+        factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
@@ -698,10 +733,12 @@ def _some(layers: dict[str, LoRALinear]) -> dict[str, LoRALinear]:
     return layers
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def _with_length(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Tensor:
     """B, rescaled so that ‖B A‖₂ = scale·‖W‖₂; as it is if scale is None or B A = 0."""
-    length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # = ‖B A‖₂, but r wide
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale {scale} is not positive and finite")
+    length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
     if scale is None or length == 0:
         return B
     return B * (scale * torch.linalg.matrix_norm(weight.to(B.dtype), 2) / length)
@@ -709,11 +746,12 @@ def _with_length(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> T
 
 @torch.no_grad()
 def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches: Iterable,
-           loss_fn: Callable) -> float:
+           loss_fn: Callable, seed: int) -> float:
     """The largest of 1, ½, …, 2⁻¹⁰ at which the mean loss is no worse than at 0; else 0."""
     layers = lora_layers(model)
 
     def mean_loss(factor: float) -> float:
+        torch.manual_seed(seed)  # a DataLoader that shuffles deals the same batches each time
         for layer in layers.values():
             layer.scaling = factor
         losses = [loss_fn(model, batch) for _, batch in _numbered(batches)]
