@@ -174,9 +174,10 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
     for name in names:
         _check_adaptable(name, modules[name], rank, alpha)
         parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise TypeError(f"'{name}': in eval mode {type(parent).__name__} reads the weight past "
-                            "its layer: call torch.backends.mha.set_fastpath_enabled(False) first")
+        fast_path = torch.backends.mha.get_fastpath_enabled()  # in eval mode reads weights alone
+        if isinstance(parent, nn.TransformerEncoderLayer) and fast_path:
+            raise TypeError(f"'{name}': {type(parent).__name__} would bypass the adapter: call "
+                            "torch.backends.mha.set_fastpath_enabled(False) first")
     trained = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
@@ -233,7 +234,7 @@ def _check_tensors(damping: float, **named: tuple[Tensor, tuple[int, ...]]) -> l
 def _damped(moment: Tensor, damping: float) -> Tensor:
     """C + damping·mean(diag C)·I: damping in C's own units, so no result depends on them."""
     mean = moment.diagonal().mean()
-    return moment + damping * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return moment + damping * mean * torch.eye(len(moment)).to(moment)
 
 
 def _cholesky(moment: Tensor, damping: float) -> Tensor:
@@ -251,7 +252,7 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
 
     `apply` multiplies (n, k) by the operator; `start` is (n, ≥ rank). Up to n = 1024: `eigh`,
     exact, O(n³). Above: a block Krylov space grows from `start`, kept orthonormal, until the
-    Ritz vectors satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖, O(n² m) for m basis vectors; if that has not
+    space's own eigenvectors satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖, O(n² m) for m basis vectors; if that has not
     happened at m = n/4 (no gap in the spectrum), the exact way is taken after all.
     """
     n = len(start)
@@ -261,7 +262,7 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
         basis = torch.cat([basis, block], dim=1)  # (n, m)
         image = torch.cat([image, apply(block)], dim=1)  # (n, m)
         values, rotation = torch.linalg.eigh(basis.mT @ image)
-        vectors = basis @ rotation[:, :rank]  # Ritz vectors, (n, r)
+        vectors = basis @ rotation[:, :rank]  # the space's own eigenvectors, (n, r)
         residual = image @ rotation[:, :rank] - vectors * values[:rank]
         if residual.norm(dim=0).max() <= 1e-5 * values.abs().max():
             return vectors
@@ -435,7 +436,7 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     L = _cholesky(Z_f, damping)  # (in, in)
     Z_f, Z_p = _damped(Z_f, damping), _damped(Z_p, damping)
     if pretrain_moment is None:
-        Z_p = Z_f.diagonal().mean() * torch.eye(n_in, dtype=Z_f.dtype, device=Z_f.device)
+        Z_p = Z_f.diagonal().mean() * torch.eye(n_in).to(Z_f)  # constraint 3
     delta = W @ monge_map(Z_f, Z_p) - W  # (out, in)
     U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
     A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)  # (r, in)
@@ -485,8 +486,8 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     `loss_fn(model, batch)` returns the MEAN −log p over rows, so a row's g is the gradient at the
     layer's output times the number of rows in that call: as long as a layer sees the rows that the
     loss averages, results do not depend on how they are batched. A layer called twice sees twice
-    the rows. `mask_fn(batch)`, bool, of the input's leading shape, is True where a row counts. With `backward=False` only Z is taken, no gradient
-    is computed, and what loss_fn returns is not looked at.
+    the rows. `mask_fn(batch)`, bool, of the input's leading shape, is True where a row counts.
+    With `backward=False` only Z is taken, without gradients, and any return value will do.
 
     How: a forward hook keeps x for a hook on the gradient of y; there both are in hand. Nothing is
     trained, so no weight's gradient exists. A row that activation checkpointing computes twice is
@@ -573,8 +574,14 @@ def _version(x: Tensor) -> int:
 @contextmanager
 def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str, LoRALinear]]:
     """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
-    that may be overwritten. Afterwards, also after an error: everything as it was."""
+    that may be overwritten. Afterwards, also after an error, everything is as it was. A call with
+    a seed needs adapters to fill, switched on."""
     layers = lora_layers(model)
+    if seed is not None and not layers:
+        raise ValueError("the model has no LoRALinear: call add_lora first")
+    for name, layer in layers.items():
+        if seed is not None and layer.scaling == 0:
+            raise ValueError(f"layer '{name}' has scaling 0, switched off: set it first")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
@@ -584,11 +591,9 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
             if seed is not None:
                 torch.manual_seed(seed)
             model.requires_grad_(False).eval()
-            for layer, scaling, A, B in adapters:
-                if scaling == 0 and seed is not None:
-                    raise ValueError("an adapter has scaling 0, switched off: set it before an init")
-                layer.scaling = 0.0
-                layer.lora_A, layer.lora_B = (nn.Parameter(p.detach().clone(), False) for p in (A, B))
+            for layer, _, A, B in adapters:
+                layer.scaling, layer.lora_A, layer.lora_B = (
+                    0.0, *(nn.Parameter(p.detach().clone(), False) for p in (A, B)))
             yield layers
         finally:
             for module, mode in modes:
@@ -628,9 +633,9 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
 
     `loss_fn(model, batch)` → mean −log p, as in `collect_statistics`. `n_train`: the number of
     rows (tokens, for a language model) that fine-tuning will see; left out, the rows seen here.
-    Each B is rescaled so that ‖ΔW‖₂ = scale·‖W‖₂: the full Newton step, `scale=None`, is right on
-    a quadratic and far too long in a deep network; a layer whose W is 0 gets B = 0. `identity_fisher` with `variance=0` starts at
-    the gradient's singular vectors, the baseline.
+    Each B is shortened where ‖ΔW‖₂ exceeds scale·‖W‖₂: the full Newton step, `scale=None`, is
+    right on a quadratic and far too long in a deep network. `identity_fisher` with `variance=0`
+    starts at the gradient's singular vectors, the baseline.
 
     The guard, ours: while the mean loss over `batches` is above the pre-trained model's, halve
     every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
@@ -638,7 +643,7 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     the same seed gives the same bits. Raises ValueError, the layer named.
     """
     with _pretrained(model, seed) as layers:
-        statistics = collect_statistics(model, _some(layers), batches, loss_fn, mask_fn=mask_fn)
+        statistics = collect_statistics(model, layers, batches, loss_fn, mask_fn=mask_fn)
         factors = {}
         for name, layer in layers.items():
             total = statistics[name]
@@ -649,13 +654,13 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
             with _naming(name):
                 B, A = lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
                                rows, variance=variance, damping=damping)
-            factors[name] = _with_length(B, A, layer.weight, scale), A
+            factors[name] = _shortened(B, A, layer.weight, scale), A
         factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
 def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_rank: int = 64,
-             lr: float = 0.01, train_A: bool = False, seed: int = 0) -> float:
+             lr: float = 0.002, train_A: bool = False, seed: int = 0) -> float:
     """Preheat at a high rank, one Adam step a batch, and start at HRP's A with B = 0.
 
     `preheat_rank` is capped at each layer's min(in, out); A_high is Kaiming-uniform and stays
@@ -663,7 +668,7 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     nothing to guard. For errors, seed and all-or-none see `init_lora_da`.
     """
     with _pretrained(model, seed) as layers, torch.enable_grad():
-        ranks = {name: layer.rank for name, layer in _some(layers).items()}
+        ranks = {name: layer.rank for name, layer in layers.items()}
         if preheat_rank < max(ranks.values()):
             raise ValueError(f"preheat_rank {preheat_rank} is below a rank of {max(ranks.values())}")
         for name, layer in layers.items():
@@ -702,7 +707,7 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     """
     with _pretrained(model, seed) as layers:
         def moments(data: Iterable) -> dict[str, Tensor]:
-            statistics = collect_statistics(model, _some(layers), data, loss_fn, backward=False,
+            statistics = collect_statistics(model, layers, data, loss_fn, backward=False,
                                             mask_fn=mask_fn)
             return {name: total.input_moment for name, total in statistics.items()}
 
@@ -722,26 +727,21 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
             ranks = allocate_ranks(spectra, rank_budget)
         for name, (B, A) in factors.items():
             B, A = B[:, : ranks[name]], A[: ranks[name]]
-            factors[name] = _with_length(B, A, layers[name].weight, scale), A
+            factors[name] = _shortened(B, A, layers[name].weight, scale), A
         factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
-def _some(layers: dict[str, LoRALinear]) -> dict[str, LoRALinear]:
-    if not layers:
-        raise ValueError("the model has no LoRALinear: call add_lora first")
-    return layers
-
-
 @_plain_arithmetic
-def _with_length(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Tensor:
-    """B, rescaled so that ‖B A‖₂ = scale·‖W‖₂; as it is if scale is None or B A = 0."""
+def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Tensor:
+    """B, shortened if need be so that ‖B A‖₂ ≤ scale·‖W‖₂."""
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale {scale} is not positive and finite")
-    length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
-    if scale is None or length == 0:
+    if scale is None:
         return B
-    return B * (scale * torch.linalg.matrix_norm(weight.to(B.dtype), 2) / length)
+    length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
+    most = scale * torch.linalg.matrix_norm(weight.to(B.dtype), 2)
+    return B * (most / length).clamp_max(1) if length > 0 else B
 
 
 @torch.no_grad()

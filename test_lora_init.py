@@ -862,25 +862,27 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
     model = nn.Sequential(nn.Linear(1, 1, bias=False))
     add_lora(model, 1, alpha=4)
     model[0].weight.data.fill_(1.0)
-    batch = [torch.ones(2, 1)]
+    batch, target = [torch.ones(2, 1)], 1.1
 
     def loss_fn(model, x):
-        return (model(x) - 1.1).square().mean() / 2  # the gradient's sign is right, W* = 1.1
+        return (model(x) - target).square().mean() / 2
 
     factor = init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0)
     assert factor == 0.125  # 1.1 + 0.1 ≥ 1 + factor, so ⅛ is the first
     assert torch.allclose(model[0].delta_weight(), torch.tensor([[0.125]]))
-    assert init_lora_da(model, batch, loss_fn, scale=1e4, damping=0.0) == 0.0
+    batch, target = [b.double() for b in batch], 1 + 1e-6  # Δ = −G / E[g²] = 1e6
+    assert init_lora_da(model.double(), batch, loss_fn, scale=None, damping=0.0) == 0.0
     assert model[0].delta_weight() == 0 and model[0].lora_A.abs() == 1  # the direction is kept
     assert init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0, guard=False) == 1.0
-    assert torch.allclose(model[0].delta_weight(), torch.tensor([[1.0]]))
+    assert near(model[0].delta_weight(), eye(1))
 
 
 def test_lora_da_on_a_model_is_lora_da_on_its_statistics():
-    """Each layer: (B, A) = lora_da(G, Z, Y), rescaled to ‖s·BA‖₂ = scale·‖W‖₂, n_train = rows."""
+    """Each layer: (B, A) = lora_da(G, Z, Y), n_train = rows; ‖s·BA‖₂ ≤ scale·‖W‖₂, or untouched."""
     model, batches = net(), batched(rows_of_data(9), [4, 5])
     totals = collect(model, batches, mean_loss)
-    for n_train, scale, identity in ((None, 0.03, False), (50, None, False), (None, None, True)):
+    for n_train, scale, identity in (
+            (None, 0.03, False), (None, 1e6, False), (50, None, False), (None, None, True)):
         init_lora_da(model, batches, mean_loss, n_train=n_train, scale=scale, variance=3.0,
                      damping=0.2, identity_fisher=identity, guard=False)
         for name, layer in lora_layers(model).items():
@@ -890,7 +892,9 @@ def test_lora_da_on_a_model_is_lora_da_on_its_statistics():
             B, A = lora_da(t.gradient, Z, Y, 2, n_train or t.count, variance=3.0, damping=0.2)
             delta = B @ A
             if scale is not None:
-                delta *= scale * torch.linalg.svdvals(layer.weight)[0] / torch.linalg.svdvals(delta)[0]
+                top, most = (torch.linalg.svdvals(m)[0] for m in (delta, scale * layer.weight))
+                assert (top > most) == (scale == 0.03)
+                delta *= min(1, most / top)
             assert near(layer.delta_weight(), delta) and near(layer.lora_A, A)
 
 
@@ -1042,7 +1046,7 @@ def test_the_guard_sees_the_same_batches_each_time(init):
     (init_cntlora, {"scale": math.nan}, "scale nan"),
     (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below a rank of 2"),
     (init_hrp, {}, "'unused' got no gradient"),
-    (init_cntlora, {}, "scaling 0"),
+    (init_cntlora, {}, "'k' has scaling 0"),
 ])
 def test_a_model_level_number_out_of_range_is_refused_and_nothing_changes(init, kwargs, message):
     model = trained_net()
