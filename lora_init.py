@@ -251,9 +251,9 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
     """Eigenvectors (n, rank) of the `rank` smallest eigenvalues of a symmetric operator.
 
     `apply` multiplies (n, k) by the operator; `start` is (n, ≥ rank). Up to n = 1024: `eigh`,
-    exact, O(n³). Above: a block Krylov space grows from `start`, kept orthonormal, until the
-    space's own eigenvectors satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖, O(n² m) for m basis vectors; if that has not
-    happened at m = n/4 (no gap in the spectrum), the exact way is taken after all.
+    exact, O(n³). Above: a block Krylov space, spanned by start, Ω start, Ω² start, …, grows until
+    the eigenvectors within it satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖: O(n² m) for m basis vectors. If that
+    has not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all.
     """
     n = len(start)
     block, basis = torch.linalg.qr(start).Q, start[:, :0]
@@ -262,7 +262,7 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
         basis = torch.cat([basis, block], dim=1)  # (n, m)
         image = torch.cat([image, apply(block)], dim=1)  # (n, m)
         values, rotation = torch.linalg.eigh(basis.mT @ image)
-        vectors = basis @ rotation[:, :rank]  # the space's own eigenvectors, (n, r)
+        vectors = basis @ rotation[:, :rank]  # (n, r)
         residual = image @ rotation[:, :rank] - vectors * values[:rank]
         if residual.norm(dim=0).max() <= 1e-5 * values.abs().max():
             return vectors
@@ -508,9 +508,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)}, {mask.dtype}, does not "
-                             f"fit the input {tuple(x.shape)}: mask_fn must return a bool tensor "
-                             "of its leading shape")
+            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)}, {mask.dtype}, does "
+                             f"not fit the input {tuple(x.shape)}: mask_fn must return a bool "
+                             "tensor of its leading shape")
         if _version(x) != version:
             raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
                              "after the call: write x = x + …, not x += …")
@@ -670,7 +670,7 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     with _pretrained(model, seed) as layers, torch.enable_grad():
         ranks = {name: layer.rank for name, layer in layers.items()}
         if preheat_rank < max(ranks.values()):
-            raise ValueError(f"preheat_rank {preheat_rank} is below a rank of {max(ranks.values())}")
+            raise ValueError(f"preheat_rank {preheat_rank} is below rank {max(ranks.values())}")
         for name, layer in layers.items():
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = layer.lora_A.new_empty(high, layer.in_features)

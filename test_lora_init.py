@@ -83,7 +83,8 @@ class Problem(NamedTuple):
 def problems(draw: st.DrawFn, smallest: int = 1, square_at_least: bool = False) -> Problem:
     n_in = draw(st.integers(smallest, 9))
     n_out = draw(st.integers(n_in if square_at_least else smallest, 9))
-    rank = draw(st.sampled_from(sorted({1, min(n_in, n_out), draw(st.integers(1, min(n_in, n_out)))})))
+    limit = min(n_in, n_out)
+    rank = draw(st.sampled_from([1, limit, draw(st.integers(1, limit))]))
     seed = draw(st.integers(0, 2**32))
     return Problem(n_out, n_in, rank, draw(st.sampled_from([1.0, 10.0, 1e3])),
                    torch.Generator().manual_seed(seed))
@@ -123,7 +124,8 @@ def test_a_fresh_adapter_leaves_the_function_unchanged(p, leading):
     layer = LoRALinear(linear, p.rank)
     assert torch.equal(layer(x), before)
     assert layer.weight is linear.weight and layer.bias is linear.bias
-    assert not layer.weight.requires_grad and layer.lora_A.requires_grad and layer.lora_B.requires_grad
+    assert not layer.weight.requires_grad
+    assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
     assert 0 < layer.lora_A.abs().max() <= 1 / math.sqrt(p.n_in)  # Kaiming-uniform, a = √5
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
 
@@ -558,7 +560,7 @@ def test_no_rival_factors_are_nearer(p):
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 1.0, 2.0, 5.0]), min_size=1, max_size=5),
                 min_size=1, max_size=4), st.data())
 def test_no_swap_of_a_rank_does_better(lists, data):
-    """Σ over layers of Σ_{k>r} σ_k² is least for Σ r = budget, each r ≥ 1: brute force over swaps."""
+    """Σ over layers of Σ_{k>r} σ_k² is least for Σ r = budget, each r ≥ 1: all swaps are tried."""
     spectra = {str(i): torch.tensor(sorted(s, reverse=True)) for i, s in enumerate(lists)}
     most = sum(len(s) for s in lists)
     budget = data.draw(st.integers(len(lists), most))
@@ -585,11 +587,11 @@ def test_no_swap_of_a_rank_does_better(lists, data):
     (lambda G, Z, Y: lora_da(G, Z, Y, 1, 0), "n_train 0"),
     (lambda G, Z, Y: lora_da(G, Z, Y, 1, 1, variance=-1), "variance -1"),
     (lambda G, Z, Y: lora_da(G, Z, Y, 1, 1, damping=-1), "damping -1"),
-    (lambda G, Z, Y: lora_da(G, Z[:2, :2], Y, 1, 1), r"input_moment has shape \(2, 2\), expected \(3, 3\)"),
-    (lambda G, Z, Y: lora_da(G, Z, Y[:1], 1, 1), r"output_fisher has shape \(1,\), expected \(2,\)"),
+    (lambda G, Z, Y: lora_da(G, Z[:2, :2], Y, 1, 1), r"moment has .*\(2, 2\), expected \(3, 3\)"),
+    (lambda G, Z, Y: lora_da(G, Z, Y[:1], 1, 1), r"fisher has shape \(1,\), expected \(2,\)"),
     (lambda G, Z, Y: lora_da(G / 0, Z, Y, 1, 1), r"gradient \(2, 3\) holds NaN or Inf"),
     (lambda G, Z, Y: lora_da(G, 0 * Z, Y, 1, 1), "not positive definite at damping 0.1"),
-    (lambda G, Z, Y: lora_da(G, Z, Y * torch.tensor([0, 1]), 1, 1, damping=0), "output_fisher.*raise"),
+    (lambda G, Z, Y: lora_da(G, Z, Y - eye(2)[0], 1, 1, damping=0), "output_fisher.*raise it"),
     (lambda G, Z, Y: hrp(G, G, 1), r"A_high has|B_high has"),
     (lambda G, Z, Y: hrp(G[:, :1], G[:1], 2), "preheating rank 1"),
     (lambda G, Z, Y: hrp(G @ G.mT, G * math.inf, 1), "A_high.*NaN or Inf"),
@@ -611,7 +613,8 @@ class Net(nn.Module):
 
     def __init__(self, remat: bool | None = None, width: int = 4):
         super().__init__()
-        self.q, self.k, self.twice = nn.Linear(3, width), nn.Linear(3, width), nn.Linear(width, width)
+        self.q, self.k = nn.Linear(3, width), nn.Linear(3, width)
+        self.twice = nn.Linear(width, width)
         self.norm, self.drop, self.remat = nn.BatchNorm1d(width), nn.Dropout(0.5), remat
         self.head = nn.Linear(width, 3)
 
@@ -716,7 +719,8 @@ def test_masked_rows_do_not_count(seed):
     actual = collect_statistics(model, lora_layers(model), batches, masked_loss,
                                 mask_fn=lambda batch: batch[2])
     assert same_statistics({n: actual[n] for n in expected}, expected)
-    for wrong, named in ((lambda mask: mask[:3], r"\(3,\), torch.bool"), (Tensor.long, r"\(6,\), torch.int64")):
+    for wrong, named in ((lambda mask: mask[:3], r"\(3,\), torch.bool"),
+                         (Tensor.long, r"\(6,\), torch.int64")):
         message = rf"'\w+': the mask {named}, does not fit the input \(6, \d\)"
         with pytest.raises(ValueError, match=message):
             collect_statistics(model, lora_layers(model), batches, masked_loss,
@@ -958,7 +962,7 @@ def test_a_failure_at_the_last_layer_changes_no_layer(init):
     model, batches = trained_net(), [rows_of_data(6)]
     model.drop.register_forward_hook(lambda layer, args, h: h * 0)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layer 'head': the input moment \(4, 4\) is not positive"):
+    with pytest.raises(ValueError, match=r"'head': the input moment \(4, 4\) is not positive"):
         init(model, batches, mean_loss)
     assert same(before, snapshot(model))
     with pytest.raises(ValueError, match="call add_lora first"):
@@ -1044,7 +1048,7 @@ def test_the_guard_sees_the_same_batches_each_time(init):
     (init_lora_da, {"n_train": 0}, "'q': n_train 0"),
     (init_lora_da, {"scale": -1.0}, "scale -1.0"),
     (init_cntlora, {"scale": math.nan}, "scale nan"),
-    (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below a rank of 2"),
+    (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below rank 2"),
     (init_hrp, {}, "'unused' got no gradient"),
     (init_cntlora, {}, "'k' has scaling 0"),
 ])
