@@ -181,7 +181,7 @@ def new_domain() -> Scene:
                  "With pre-training moments rank 4 undoes the shift "
                  f"({rows['moments known'][2]:.0e} left). Assuming Z_p ∝ I instead leaves "
                  f"{rows['assumed, true'][2]:.0%} where that is so, as the size of x_p stays "
-                 f"unknown, and {rows['assumed, false'][2]:.0%} where not. Over three layers, ranks "
+                 f"unknown, and {rows['assumed, false'][2]:.0%} where not. On three layers, ranks "
                  f"{tuple(spent.values())} leave {left['allocated'] / left['equal']:.1%} of what "
                  "(3, 3, 3) leave. On a shift of task it has nothing to say: "
                  f"{reach(change, A):.0%} of the change are out of its A's reach, and "
@@ -215,7 +215,7 @@ def plot(scenes: list[Scene], file: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def growth() -> None:
+def growth(widths: list[int]) -> None:
     """Seconds of each pure function against the width, in units of one product of that size."""
     def seconds(call: Callable[[], object]) -> float:
         begin = time.perf_counter()
@@ -224,7 +224,7 @@ def growth() -> None:
 
     print(f"{'width':>6}{'product':>10}{'lora_da':>17}{'hrp, R=128':>17}{'cntlora':>17}"
           f"{'residual':>11}")
-    for n in (256, 512, 1024, 2048, 4096):
+    for n in widths:
         x = torch.randn(2 * n, n, dtype=torch.float32) * torch.arange(1.0, n + 1).pow(-0.5).float()
         Z, Y, W = x.mT @ x / len(x), torch.ones(n), torch.randn(n, n, dtype=torch.float32) / n**0.5
         G = torch.randn(n, 64).float() @ torch.randn(64, n).float() @ Z / n
@@ -249,12 +249,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--plot", default="", help="draw to this file (needs matplotlib)")
     parser.add_argument("--scale", action="store_true", help="cost against width, 256 to 4096")
-    parser.add_argument("--fast", action="store_true", help="nothing to leave out: it is fast")
+    parser.add_argument("--fast", action="store_true", help="--scale up to 1024 only")
     args = parser.parse_args()
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if args.scale:
-        return growth()
+        return growth([256, 512, 1024] if args.fast else [256, 512, 1024, 2048, 4096])
     scenes = []
     for number, scene in enumerate(SCENES, 1):
         if args.scene in (None, number):

@@ -64,7 +64,7 @@ class Args:
     damping: float = option(0.1, "relative damping of the moments")
     scale: float = option(0.01, "length of the first step, as a share of the weight's norm")
     seeds: int = option(1, "number of seeds: of the starts and of the order of batches")
-    rates: str = option("0.03,0.06,0.12", "learning rates of the sweep, for all LoRA methods")
+    rates: str = option("0.04,0.16", "learning rates of the sweep, for all LoRA methods")
     full_rates: str = option("0.0005,0.001,0.002", "learning rates of full fine-tuning")
     methods: str = option(",".join(METHODS), "which starts to compare")
     pretrain_text: str = option("", "a text file instead of the standard library's source")
@@ -405,7 +405,7 @@ def best_rows(runs: list[Run], freeze: bool) -> dict[str, Row]:
                  for lr, group in by_rate.items() if len(group) == seeds}
         lr = min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
         finals = [r.loss_final for r in by_rate[lr]]
-        rows[method] = Row(method, lr, len(means) > 1 and lr in (min(means), max(means)),
+        rows[method] = Row(method, lr, len(means) > 2 and lr in (min(means), max(means)),
                            means[lr], statistics.stdev(finals) if seeds > 1 else math.nan,
                            by_rate[lr])
     return rows
