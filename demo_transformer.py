@@ -56,6 +56,7 @@ class Args:
     steps: int = option(120, "fine-tuning steps, of Adam with a linearly falling rate")
     pretrain_steps: int = option(3000, "pre-training steps")
     finetune_bytes: int = option(65536, "amount of fine-tuning text")
+    eval_batches: int = option(8, "held-out text, in batches")
     calibration: int = option(8, "training batches that LoRA-DA, SVD and CNTLoRA look at")
     preheat_steps: int = option(20, "HRP's preheating, out of its steps")
     preheat_rank: int = option(64, "HRP's preheating rank")
@@ -89,8 +90,8 @@ def parse_args() -> Args:
     if args.preset == "auto":
         args.preset = "large" if args.device.startswith("cuda") else "small"
     if args.fast:
-        args.pretrain_steps, args.steps, args.preheat_steps, args.calibration = 40, 10, 3, 2
-        args.seeds, args.rates, args.full_rates = 2, "0.06", "0.001"
+        args.pretrain_steps, args.steps, args.preheat_steps, args.calibration = 40, 8, 3, 2
+        args.seeds, args.rates, args.full_rates, args.eval_batches = 2, "0.06", "0.001", 2
     if args.preset not in PRESETS or not set(args.methods.split(",")) <= set(METHODS):
         parser.error(f"preset is one of {list(PRESETS)}; methods are among {','.join(METHODS)}")
     if args.preheat_steps >= args.steps:
@@ -181,7 +182,7 @@ def draw(tokens: Tensor, count: int, shape: dict, seed: int, device: str) -> lis
     return list(tokens[starts + torch.arange(size)].to(device))
 
 
-def windows(tokens: Tensor, shape: dict, device: str, most: int = 8) -> list[Tensor]:
+def windows(tokens: Tensor, shape: dict, device: str, most: int) -> list[Tensor]:
     """Up to `most` batches of adjoining windows from the start: the fixed held-out text."""
     rows = tokens.unfold(0, shape["context"] + 1, shape["context"])
     return list(rows[: most * shape["batch"]].to(device).split(shape["batch"]))
@@ -302,7 +303,8 @@ def fine_tune(model: nn.Module, batches: list[Tensor], lr: float, held_out: list
 def compare(args: Args, base: Transformer, finetune: dict[str, Tensor], pretrain: dict[str, Tensor],
             shape: dict) -> tuple[list[Run], dict, dict]:
     """All runs, their loss curves, and the captures; Ctrl-C ends it with what is finished."""
-    held_out = windows(finetune["dev" if args.tune else "test"], shape, args.device)
+    part = finetune["dev" if args.tune else "test"]
+    held_out = windows(part, shape, args.device, args.eval_batches)
     old = draw(pretrain["train"], args.calibration, shape, 1, args.device)
     new = finetune["train"][: args.finetune_bytes]
     data = [draw(new, args.steps, shape, 100 + seed, args.device) for seed in range(args.seeds)]
@@ -507,7 +509,7 @@ def main() -> None:
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads, seeds 0..{args.seeds - 1}")
     base = pretrained(args, pretrain, shape)
-    held_out = windows(pretrain["test"], shape, args.device)
+    held_out = windows(pretrain["test"], shape, args.device, args.eval_batches)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters, "
           f"loss {evaluate(base, held_out):.3f} on held-out source; "
           f"adapters on {', '.join(TARGETS)} of {shape['layers']} blocks; "

@@ -507,46 +507,42 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
-        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-            raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)}, {mask.dtype}, does "
-                             f"not fit the input {tuple(x.shape)}: mask_fn must return a bool "
-                             "tensor of its leading shape")
-        if _version(x) != version:
-            raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
-                             "after the call: write x = x + …, not x += …")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        keep = ... if mask is None else mask.to(x.device)
-        rows = x[keep].reshape(-1, x.shape[-1]).to(dtype)  # (rows, in)
+        with _naming(name):
+            rows = _rows(x, mask)  # (rows, in)
+            if _version(x) != version:
+                raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call: "
+                                 "write x = x + …, not x += …")
         if shared[0] is not x or shared[1] != version:
             shared[:] = x, version, rows.mT @ rows
         total = sums.setdefault(name, Statistics(0, torch.zeros_like(shared[2])))
         total.count += len(rows)
         total.input_moment += shared[2]
         if g is not None:
-            g = len(rows) / 1024 * g[keep].reshape(-1, g.shape[-1]).to(dtype)  # (rows, out)
+            g = len(rows) / 1024 * _rows(g, mask)  # (rows, out)
             if total.gradient is None:
                 total.gradient = g.new_zeros(g.shape[1], rows.shape[1])
                 total.output_fisher = g.new_zeros(g.shape[1])
             total.gradient.addmm_(g.mT, rows)
             total.output_fisher += g.square().sum(dim=0)
 
-    def forward_hook(name: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-            x = args[0] if args else kwargs["input"]
-            version = _version(x)
-            if not backward:
-                accumulate(name, x, version, None)
-            elif torch.is_grad_enabled():
-                if not y.requires_grad:  # the graph starts here; a clone may be changed in place
-                    y = y.requires_grad_().clone()
-                y.register_hook(lambda g: accumulate(name, x, version, g))
-            return y
-        return hook
+    def forward_hook(name: str, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        version = _version(x)
+        if not backward:
+            accumulate(name, x, version, None)
+        elif torch.is_grad_enabled():
+            if not y.requires_grad:  # the graph starts here; a clone may be changed in place
+                y = y.requires_grad_().clone()
+            y.register_hook(lambda g: accumulate(name, x, version, g))
+        return y
 
+    handles = []
     with _pretrained(model), torch.set_grad_enabled(backward):
-        handles = [layer.register_forward_hook(forward_hook(name), with_kwargs=True)
-                   for name, layer in layers.items()]
         try:
+            for name, layer in layers.items():
+                handles.append(layer.register_forward_hook(
+                    lambda _, args, kwargs, y, name=name: forward_hook(name, args, kwargs, y),
+                    with_kwargs=True))
             for number, batch in _numbered(batches):
                 mask, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
                 loss = loss_fn(model, batch)
@@ -559,11 +555,22 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         if name not in sums or sums[name].count == 0:
             raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
                              "under no_grad, all masked, or in a reentrant checkpoint")
-        total = sums[name]
         for field in ("input_moment", "gradient", "output_fisher")[: 3 if backward else 1]:
-            if not getattr(total, field).div_(total.count).isfinite().all():
+            if not getattr(sums[name], field).div_(sums[name].count).isfinite().all():
                 raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
-    return sums
+    return {name: sums[name] for name in layers}
+
+
+def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """(…, n) → (rows, n), where the mask is True; float32 at least."""
+    if mask is not None:
+        if mask.shape != tensor.shape[:-1] or mask.dtype != torch.bool:
+            raise ValueError(f"the mask {tuple(mask.shape)}, {mask.dtype}, does not fit the input "
+                             f"{tuple(tensor.shape)}: mask_fn must return a bool tensor of its "
+                             "leading shape")
+        tensor = tensor[mask.to(tensor.device)]
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _version(x: Tensor) -> int:
