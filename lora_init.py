@@ -253,7 +253,8 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
     `apply` multiplies (n, k) by the operator; `start` is (n, ≥ rank). Up to n = 1024: `eigh`,
     exact, O(n³). Above: a block Krylov space, spanned by start, Ω start, Ω² start, …, grows until
     the eigenvectors within it satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖: O(n² m) for m basis vectors. If that
-    has not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all.
+    has not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all. (A small
+    residual proves eigenvectors; that they are the lowest rests on the random start.)
     """
     n = len(start)
     block, basis = torch.linalg.qr(start).Q, start[:, :0]
@@ -286,16 +287,18 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     Objective. Let W* = W + Δ be the truth. Freeze A, fit B by maximum likelihood on N rows (this
     is LoRA-FA) and choose A to minimize E‖Ŵ − W*‖²_F, a sum of bias and variance:
 
-    1. Bias. The best that BA can do is ΔAᵀA, at the distance ‖Δ‖² − tr(A ΔᵀΔ Aᵀ).
-    2. Variance. With K-FAC [5] the Fisher information of W, its rows laid end to end, is
-       J = diag(Y) ⊗ Z, and that of B is diag(Y) ⊗ AZAᵀ. For large N the fit's variance is the
-       trace of its inverse over N: (1/N)·Σᵢ1/Yᵢ·tr (AZAᵀ)⁻¹. If AAᵀ = I, A Z⁻¹ Aᵀ − (AZAᵀ)⁻¹ is
-       positive semidefinite, so the variance is at most (1/N)·Σᵢ1/Yᵢ·tr(A Z⁻¹ Aᵀ).
-    3. Together E‖Ŵ − W*‖² ≲ tr(A Ω Aᵀ) + ‖Δ‖², with Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in).
-    4. Least, by Courant–Fischer, for A = the eigenvectors of Ω's r smallest eigenvalues.
+    1. Bias. Let AAᵀ = I. The nearest BA is ΔAᵀA, at the squared distance ‖Δ‖² − tr(A ΔᵀΔ Aᵀ).
+    2. Variance. K-FAC [5] takes x, g and g's entries as independent. Then W, its rows laid end to
+       end, has the Fisher information J = diag(Y) ⊗ Z, and B has diag(Y) ⊗ AZAᵀ. For large N the
+       fit's variance is the trace of the inverse over N: (1/N)·Σᵢ1/Yᵢ·tr (AZAᵀ)⁻¹. With
+       U = Z^−½Aᵀ and P the projector on the span of Z^½Aᵀ, A Z⁻¹ Aᵀ − (AZAᵀ)⁻¹ = Uᵀ(I − P)U ⪰ 0,
+       so the variance is at most (1/N)·Σᵢ1/Yᵢ·tr(A Z⁻¹ Aᵀ).
+    3. Together E‖Ŵ − W*‖² ≈ tr(A Ω Aᵀ) + ‖Δ‖², with Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in).
+       (The paper writes ≲; but the fit weighs the bias by Z, and so exceeds step 1's.)
+    4. Least, by Ky Fan, if A's rows are the eigenvectors of Ω's r smallest eigenvalues.
     5. Δ is unknown; one natural-gradient step estimates it. The loss near W is
        ⟨G, Δ⟩ + ½ vec(Δ)ᵀ J vec(Δ), least where diag(Y) Δ Z = −G, so Δ = −diag(Y)⁻¹ G Z⁻¹.
-       (The raw gradient, Y = Z = I, would assume that the loss is equally steep everywhere.)
+       (The raw gradient, Y = Z = I, would assume the same curvature in every direction.)
     6. B = Δ Aᵀ, the projection of the target.
 
     Guarantees. On a quadratic loss with exact moments, no damping and no variance term, BA = Δ
@@ -306,10 +309,11 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     right singular vectors, where LoRA-GA and LoRA-One start [2, Remark 4.3]
     (test_identity_fisher_gives_the_gradients_singular_vectors).
 
-    `variance` weighs step 2 (1 is the theory's). `damping` adds damping·mean(diag) to Z and Y;
-    the authors' code adds 1e-6 whatever the units, divides Δ by its top singular value, weighs the
-    variance by 0.03 and shrinks both factors. The paper writes y = xW, so its A is our Aᵀ. The
-    bias in step 1 is the plain Euclidean one, as in the paper; a fit on rows weighs it by Z.
+    `variance` weighs step 2. The theory's 1 takes Δ as exact; but if N′ rows gave G, ΔᵀΔ contains
+    noise of expectation (1/N′)·Σᵢ1/Yᵢ·Z⁻¹, so that with N′ = N 1 only cancels it and 2 is unbiased
+    (our remark). `damping` adds damping·mean(diag) to Z and Y; the authors' code adds 1e-6 whatever
+    the units, divides Δ by its top singular value, weighs the variance by 0.03 and shrinks both
+    factors. The paper writes y = xW, so its A is our Aᵀ.
     If Y = 0 (no gradient arrived) A comes from the variance term alone, and B = 0.
 
     Cost: in³/3 for the Cholesky factor, 2·out·in² for Δ, then the eigenvectors of Ω (exact up to
@@ -348,16 +352,16 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Objective. A rank-r fit with A frozen can learn no more than D AᵀA of the change D it needs;
     that is best, by Eckart–Young, if A spans the top r right singular vectors of D.
-    1. A random A of rank r misses them. A random A_high of rank R comes nearer to each, and
-       training B_high from 0 finds, by its gradient, which of them matter. The paper proves for
-       gradient flow that the directions improve with R, with A frozen and with A trained.
+    1. A random A of rank r misses them. A random A_high of rank R comes nearer to each: the first
+       step from B_high = 0 changes W by ∝ −G A_highᵀA_high, and at large R A_highᵀA_high ≈ I. The
+       paper proves for gradient flow that the directions improve with R, A frozen or trained.
     2. So A = the top r right singular vectors of the preheated change B_high·A_high.
     3. It is never formed: with B_high = Q₁R₁ and A_highᵀ = Q₂R₂, B_high·A_high = Q₁ (R₁R₂ᵀ) Q₂ᵀ;
        if the small core is R₁R₂ᵀ = U Σ Vᵀ, the right singular vectors are the columns of Q₂V.
 
     Guarantees. Equal to the SVD of the product (test_hrp_equals_the_svd_of_the_product); after a
     converged preheat at R = in the frozen-A fit is the Eckart–Young optimum
-    (test_preheated_to_convergence_at_full_rank_hrp_is_optimal); its residual falls as R grows
+    (test_preheated_to_convergence_at_full_rank_hrp_is_optimal); its mean falls as R grows
     (test_the_residual_falls_as_the_preheating_rank_grows).
     B = 0 is our reading of "only the direction"; the paper writes W + B Aᵀ, so its A is our Aᵀ.
 
@@ -379,10 +383,10 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     """T (in, in), symmetric positive definite, with T Z_f Tᵀ = Z_p: of all maps the nearest to I.
 
-    Among the linear maps that carry second moment Z_f to Z_p, it minimizes E‖Tx − x‖², the optimal
-    transport between N(0, Z_f) and N(0, Z_p). Any symmetric positive-definite solution is it, so
-    with a Cholesky factor Z_f = L Lᵀ:  T = L⁻ᵀ (Lᵀ Z_p L)^½ L⁻¹. (Check: T L Lᵀ T = Z_p. The
-    textbook form has the symmetric root Z_f^½ for L; the result is the same.)
+    Among the maps that carry the moment Z_f to Z_p, T Z_f Tᵀ = Z_p, it minimizes
+    E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f), optimal transport from N(0, Z_f) to N(0, Z_p).
+    Let Z_f = L Lᵀ and M = LᵀTL: then M Mᵀ = LᵀZ_pL is given, and tr(T Z_f) = tr M is at most
+    tr (M Mᵀ)^½, reached by M = (M Mᵀ)^½ alone. So T = L⁻ᵀ (Lᵀ Z_p L)^½ L⁻¹, for any such L.
     test_the_monge_map_carries_one_moment_to_the_other, test_no_other_map_moves_less.
     Raises ValueError where Z_f is not positive definite. Cost: one `eigh` of (in, in).
     """
@@ -415,13 +419,14 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     5. Factors: the best of rank r on the data, min ‖(ΔW − BA) L‖_F with L Lᵀ = Z_f, which is
        E‖(ΔW − BA)x‖². By Eckart–Young, from the SVD ΔW L = U Σ Vᵀ:
        B = U_r Σ_r and A = V_rᵀ L⁻¹. This split whitens what B sees, E[Ax (Ax)ᵀ] = I, and leaves
-       A alive where ΔW = 0; halving Σ between both would start at the saddle A = B = 0.
+       A alive where ΔW = 0; Σ^½ in each would start there at the saddle A = B = 0.
 
-    Guarantees. No shift gives ΔW = 0 (test_no_shift_needs_no_change). Without damping, x_f = S x_p
-    with S symmetric positive definite is undone exactly, T = S⁻¹, if rank(S − I) ≤ r
-    (test_a_symmetric_distortion_is_undone_exactly), and output moments match at full rank
-    (test_output_moments_match). No rank-r rival is nearer (test_no_rival_factors_are_nearer).
-    It is blind to labels: where only the task changed, it has nothing to say.
+    Guarantees. With Z_p given, no shift gives ΔW = 0 (test_no_shift_needs_no_change) and, without
+    damping, x_f = S x_p with S symmetric positive definite is undone exactly, T = S⁻¹, if
+    rank(S − I) ≤ r (test_a_symmetric_distortion_is_undone_exactly). Undamped output moments match
+    at full rank (test_output_moments_match); no rank-r rival is nearer
+    (test_no_rival_factors_are_nearer).
+    It is blind to labels, and without Z_p it whitens even inputs that did not shift.
 
     `damping` adds damping·mean(diag) to both moments. Moments are not centred: a mean counts too.
     Cost: a Cholesky and an `eigh` of (in, in), one SVD of (out, in).
@@ -646,8 +651,10 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
 
     The guard, ours: while the mean loss over `batches` is above the pre-trained model's, halve
     every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
-    It reads `batches` again. All layers succeed or none changes; the random state is left alone;
-    the same seed gives the same bits. Raises ValueError, the layer named.
+    It costs 2 to 12 more forward passes over `batches`.
+
+    All layers succeed or none changes; the random state is left alone; the same seed gives the
+    same bits. Raises ValueError, the layer named.
     """
     with _pretrained(model, seed) as layers:
         statistics = collect_statistics(model, layers, batches, loss_fn, mask_fn=mask_fn)
@@ -707,8 +714,8 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
                  mask_fn: Callable | None = None, seed: int = 0) -> float:
     """Start every adapter at CNTLoRA's (B, A), from forward passes alone; returns the factor.
 
-    `loss_fn(model, batch)` has to call the model; its labels serve the guard, never the fit, so
-    with `guard=False` it may return anything. `pretrain_batches` give Z_p where they are at hand.
+    `loss_fn(model, batch)` has to call the model; labels serve the guard, never the fit: without
+    labels pass `guard=False`, and it may return anything. `pretrain_batches` give Z_p.
     `rank_budget` spends that many ranks in all by `allocate_ranks`; left out, ranks stay. For
     scale, guard, errors, seed and all-or-none see `init_lora_da`.
     """
