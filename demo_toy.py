@@ -8,6 +8,7 @@ everything is linear, the best answer is known and each claim of the papers can 
 import argparse
 import importlib
 import statistics
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,12 +195,13 @@ SCENES: list[Callable[[], Scene]] = [new_task, few_noisy_rows, how_hot_to_prehea
 def show(number: int, scene: Scene) -> None:
     """The table; before each row its picture, one block a column, full height = the largest."""
     top = max(max(row) for row in scene.rows.values())
-    print(f"\n{number}. {scene.title}\n   {scene.setting}\n")
+    indent = {"width": 96, "initial_indent": "   ", "subsequent_indent": "   "}
+    print(f"\n{number}. {scene.title}\n{textwrap.fill(scene.setting, **indent)}\n")
     print(" " * 24 + "".join(f"{column:>13}" for column in scene.columns))
     for name, row in scene.rows.items():
         picture = "".join("▁▂▃▄▅▆▇█"[round(7 * value / top)] for value in row)
         print(f"   {name:<14} {picture:<6}" + "".join(f"{value:13.3g}" for value in row))
-    print(f"\n   {scene.sentence}")
+    print("\n" + textwrap.fill(scene.sentence, **indent))
 
 
 def plot(scenes: list[Scene], file: str) -> None:

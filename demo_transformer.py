@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import sysconfig
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -457,7 +458,7 @@ def report(runs: list[Run], curves: dict, captures: dict, args: Args) -> None:
         print(f"{'method':<17}{'plain':>8}{'weighted':>10}")
         for method, share in captures.items():
             print(f"{method:<17}{share['plain']:8.4f}{share['weighted']:10.4f}")
-    print("\n" + verdict(rows))
+    print("\n" + textwrap.fill(verdict(rows), 96))
 
 
 def verdict(rows: dict[str, Row]) -> str:
