@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -218,31 +219,32 @@ def plot(scenes: list[Scene], file: str) -> None:
 
 
 def growth(widths: list[int]) -> None:
-    """Seconds of each pure function against the width, in units of one product of that size."""
+    """Seconds of each pure function against the width, and × one matrix product of that size."""
+    torch.set_default_dtype(torch.float32)
+
     def seconds(call: Callable[[], object]) -> float:
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
 
-    print(f"{'width':>6}{'product':>10}{'lora_da':>17}{'hrp, R=128':>17}{'cntlora':>17}"
+    print(f"{'width':>5}{'product':>10}{'lora_da':>16}{'hrp, R = 128':>16}{'cntlora':>16}"
           f"{'residual':>11}")
     for n in widths:
-        x = torch.randn(2 * n, n, dtype=torch.float32) * torch.arange(1.0, n + 1).pow(-0.5).float()
-        Z, Y, W = x.mT @ x / len(x), torch.ones(n), torch.randn(n, n, dtype=torch.float32) / n**0.5
-        G = torch.randn(n, 64).float() @ torch.randn(64, n).float() @ Z / n
-        high = torch.randn(n, 128).float(), torch.randn(128, n).float()
-        unit = statistics.median(seconds(lambda: W @ Z) for _ in range(5))  # noqa: B023
-        costs = [seconds(call) for call in (
-            lambda: lora_da(G, Z, Y.float(), 8, 10**6),  # noqa: B023
-            lambda: hrp(*high, 8), lambda: cntlora(W, Z, rank=8))]  # noqa: B023
-        _, A = lora_da(G, Z, Y.float(), 8, 10**6)
-        Z_d = Z + 0.1 * Z.diagonal().mean() * torch.eye(n)
-        delta = G @ torch.linalg.inv(Z_d) / 1.1
-        image = n / 1.1 / 10**6 * torch.linalg.solve(Z_d, A.mT.double()) - delta.mT @ (
-            delta @ A.mT.double())
-        residual = (image - A.mT @ (A.double() @ image)).norm() / delta.norm() ** 2
-        print(f"{n:6}{unit:9.4f}s" + "".join(f"{c:8.2f}s ×{c / unit:<6.0f}" for c in costs)
-              + f"{residual:11.1e}")
+        x = torch.randn(2 * n, n) * torch.arange(1.0, n + 1).rsqrt()
+        W, Z, Y = torch.randn(n, n), x.mT @ x / len(x), torch.ones(n)
+        G = torch.randn(n, 64) @ torch.randn(64, n) @ Z  # a change of rank 64
+        high = torch.randn(n, 128), torch.randn(128, n)
+        calls = (partial(lora_da, G, Z, Y, 8, 10**6), partial(hrp, *high, 8),
+                 partial(cntlora, W, Z, rank=8))
+        unit = statistics.median(seconds(partial(torch.mm, W, Z)) for _ in range(5))
+        costs = [seconds(call) for call in calls]
+        _, A = calls[0]()
+        Z_damped = Z + 0.1 * Z.diagonal().mean() * torch.eye(n)
+        delta = torch.linalg.solve(Z_damped, G.mT).mT / 1.1
+        image = n / 1.1e6 * torch.linalg.solve(Z_damped, A.mT) - delta.mT @ (delta @ A.mT)  # Ω Aᵀ
+        residual = (image - A.mT @ (A @ image)).norm() / image.norm()
+        print(f"{n:5}{unit:9.4f}s" + "".join(f"{c:7.2f}s ×{c / unit:<7.2g}" for c in costs)
+              + f"{residual:9.0e}")
 
 
 def main() -> None:

@@ -434,7 +434,7 @@ def report(runs: list[Run], curves: dict, captures: dict, args: Args) -> None:
         rows = best_rows(runs, freeze)
         lora = rows.get("lora")
         print(f"\nA {'frozen' if freeze else 'trained'}, rank {args.rank}, {args.steps} steps, "
-              f"{args.seeds} seeds; held-out loss in nats per byte")
+              f"seeds: {args.seeds}; held-out loss in nats per byte")
         print(f"{'method':<17}{'start':>7}{'end':>8} ± {'sd':<7}{'rate':>7} {'to LoRA':>8}"
               f"{'init':>9}{'= steps':>9}{'trainable':>11}")
         for row in rows.values():

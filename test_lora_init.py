@@ -750,6 +750,20 @@ def test_a_shared_input_is_multiplied_once():
     assert sorted(products) == [(3, 3), (4, 4), (4, 4), (4, 4)]
 
 
+def test_an_input_changed_between_two_layers_is_not_taken_for_shared():
+    """Forward only, q(x), then x += 1, then k(x): one tensor, two moments."""
+    model, x = net(), rows_of_data(5)[0]
+    first, second = x.clone(), x + 1
+
+    def loss_fn(model, x):
+        model.q(x)
+        return model.k(x.add_(1))
+
+    moments = collect_statistics(model, {"q": model.q, "k": model.k}, [x], loss_fn, backward=False)
+    assert near(moments["q"].input_moment, first.mT @ first / 5)
+    assert near(moments["k"].input_moment, second.mT @ second / 5)
+
+
 def snapshot(model: nn.Module) -> list:
     """All that a call must leave as it was."""
     state = [torch.get_rng_state(), *(t.clone() for t in model.state_dict().values())]
