@@ -724,6 +724,10 @@ def test_masked_rows_do_not_count(seed):
     actual = collect_statistics(model, lora_layers(model), batches, masked_loss,
                                 mask_fn=lambda batch: batch[2])
     assert same_statistics(actual, expected)
+    x = data[0]  # one tensor in two batches, under two masks
+    twice = collect_statistics(model, {"q": model.q}, [mask, ~mask], lambda m, _: m.q(x),
+                               backward=False, mask_fn=lambda batch: batch)
+    assert near(twice["q"].input_moment, x.mT @ x / 12)
     for wrong, named in ((lambda mask: mask[:3], r"\(3,\), torch.bool"),
                          (Tensor.long, r"\(6,\), torch.int64")):
         message = rf"'\w+': the mask {named}, does not fit the input \(6, \d\)"
@@ -786,6 +790,7 @@ def trained_net() -> Net:
     mean_loss(model, rows_of_data(5)).backward()
     model.drop.eval()
     model.k.lora_A.requires_grad_(False)
+    model.norm.requires_grad_(True)
     return model
 
 
@@ -893,7 +898,7 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
     factor = init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0)
     assert factor == 0.125  # 1.1 + 0.1 ≥ 1 + factor, so ⅛ is the first
     assert torch.allclose(model[0].delta_weight(), torch.tensor([[0.125]]))
-    batch, target = [b.double() for b in batch], 1 + 1e-6  # Δ = −G / E[g²] = 1e6
+    batch, target = [b.double() for b in batch], 1.001  # Δ = −G / E[g²] = 1000, 2¹⁹ × too long
     assert init_lora_da(model.double(), batch, loss_fn, scale=None, damping=0.0) == 0.0
     assert model[0].delta_weight() == 0 and model[0].lora_A.abs() == 1  # the direction is kept
     assert init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0, guard=False) == 1.0
