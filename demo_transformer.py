@@ -149,13 +149,14 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def read_texts(args: Args) -> tuple[bytes, bytes]:
-    if args.pretrain_text:
-        source = Path(args.pretrain_text).read_bytes()
-    else:
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    try:
+        files = [Path(args.pretrain_text)] if args.pretrain_text else files
         source = b"\n".join(file.read_bytes() for file in files)
-    if args.finetune_text:
-        return source, Path(args.finetune_text).read_bytes()
+        if args.finetune_text:
+            return source, Path(args.finetune_text).read_bytes()
+    except OSError as error:
+        sys.exit(f"cannot read {error.filename}: {error.strerror}")
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:

@@ -488,6 +488,7 @@ def test_the_monge_map_carries_one_moment_to_the_other(p):
         values, vectors = torch.linalg.eigh(moment)
         return (vectors * values**exponent) @ vectors.mT
 
+    assert not monge_map(Z_f.clone().requires_grad_(), Z_p).requires_grad
     half, inverse_half = power(Z_f, 0.5), power(Z_f, -0.5)
     assert near(T, inverse_half @ power(half @ Z_p @ half, 0.5) @ inverse_half, 1e-6)
 
