@@ -52,7 +52,7 @@ def option(default: object, text: str) -> object:
 @dataclass
 class Args:
     preset: str = option("auto", "small (0.9 M parameters), large (26 M), auto: large on a GPU")
-    device: str = option("auto", "cpu, cuda, mps; auto takes a GPU where there is one")
+    device: str = option("auto", "cpu or cuda; auto takes a GPU where there is one")
     rank: int = option(1, "rank of every adapter")
     steps: int = option(120, "fine-tuning steps, of Adam with a linearly falling rate")
     pretrain_steps: int = option(3000, "pre-training steps")

@@ -211,7 +211,8 @@ def _plain_arithmetic(function: Callable) -> Callable:
     """No gradient is recorded inside, and a surrounding autocast does not reach in."""
     @functools.wraps(function)
     def wrapper(*args: object, **kwargs: object) -> object:
-        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        values = (*args, *kwargs.values())
+        device = next(value.device.type for value in values if isinstance(value, Tensor))
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
     return wrapper
@@ -361,7 +362,7 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Guarantees. Equal to the SVD of the product (test_hrp_equals_the_svd_of_the_product); after a
     converged preheat at R = in the frozen-A fit is the Eckart–Young optimum
-    (test_preheated_to_convergence_at_full_rank_hrp_is_optimal); its mean falls as R grows
+    (test_preheated_to_convergence_at_full_rank_hrp_is_optimal); the mean residual falls as R grows
     (test_the_residual_falls_as_the_preheating_rank_grows).
     B = 0 is our reading of "only the direction"; the paper writes W + B Aᵀ, so its A is our Aᵀ.
 

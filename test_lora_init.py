@@ -421,6 +421,17 @@ def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum):
         assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-4)
 
 
+def test_the_functions_take_keywords():
+    p = Problem(4, 3, 2, 10.0, torch.Generator().manual_seed(0))
+    G, Z, Y = p.normal(4, 3), p.spd(3), p.positive(4)
+    for by_name, by_place in (
+            (lora_da(gradient=G, input_moment=Z, output_fisher=Y, rank=2, n_train=9),
+             lora_da(G, Z, Y, 2, 9)),
+            (hrp(B_high=G, A_high=Z, rank=2), hrp(G, Z, 2)),
+            (cntlora(weight=G, input_moment=Z, rank=2), cntlora(G, Z, rank=2))):
+        assert all(torch.equal(a, b) for a, b in zip(by_name, by_place))
+
+
 def test_a_zero_gradient_leaves_the_variance_term_and_B_zero():
     """G = 0, Y = 0: Ω ∝ Z⁻¹, so A spans the widest directions of x."""
     Z = torch.diag(torch.tensor([1.0, 9.0, 4.0]))
