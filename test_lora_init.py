@@ -41,7 +41,7 @@ from lora_init import (
     monge_map,
 )
 
-settings.register_profile("here", deadline=None, max_examples=30)
+settings.register_profile("here", deadline=None, max_examples=60)
 settings.load_profile("here")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INITS = [init_lora_da, init_hrp, init_cntlora]
