@@ -24,15 +24,21 @@ model-level calls. One orientation holds throughout, PyTorch's: rows of A live i
 
 import difflib
 import functools
+import importlib
+import itertools
+import json
 import math
 import operator
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 # ---------------------------------------------------------------------------- 1. the layer
 
@@ -84,12 +90,8 @@ class LoRALinear(nn.Linear):
         its hold on them; at another rank they are new ones: make the optimizer afterwards.
         Raises ValueError, both shapes named, where the factors do not fit the layer.
         """
-        n_out, n_in, rank = self.out_features, self.in_features, A.shape[0]
-        if A.shape != (rank, n_in) or B.shape != (n_out, rank):
-            raise ValueError(f"factors B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a weight "
-                             f"({n_out}, {n_in}): pass B (out, r) and A (r, in)")
-        _check_rank(rank, n_out, n_in)
-        if rank != self.rank:
+        _check_factors(self, B, A)
+        if len(A) != self.rank:
             self.lora_A = nn.Parameter(self.lora_A.new_empty(A.shape), self.lora_A.requires_grad)
             self.lora_B = nn.Parameter(self.lora_B.new_empty(B.shape), self.lora_B.requires_grad)
         self.lora_A.copy_(A)
@@ -112,6 +114,14 @@ def _check_rank(rank: int, n_out: int, n_in: int) -> None:
     if not 1 <= operator.index(rank) <= min(n_out, n_in):
         raise ValueError(f"rank {rank} is not in 1..{min(n_out, n_in)}, the limit of a weight "
                          f"({n_out}, {n_in})")
+
+
+def _check_factors(layer: nn.Linear, B: Tensor, A: Tensor) -> None:
+    n_out, n_in = layer.weight.shape
+    if A.shape != (len(A), n_in) or B.shape != (n_out, len(A)):
+        raise ValueError(f"factors B {tuple(B.shape)}, A {tuple(A.shape)} do not fit a weight "
+                         f"({n_out}, {n_in}): pass B (out, r) and A (r, in)")
+    _check_rank(len(A), n_out, n_in)
 
 
 def _check_adaptable(name: str, module: nn.Module, rank: int, alpha: float | None) -> None:
@@ -507,32 +517,28 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
     """
-    sums: dict[str, Statistics] = {}
+    sums = {name: _zeros(layer, backward) for name, layer in layers.items()}
     shared: list = [None, 0, None]  # the last input, its version, and its xᵀx
-    mask: Tensor | None = None
+    masks: Tensor | dict | None = None
 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
         with _naming(name):
-            rows = _rows(x, mask)  # (rows, in)
+            mask = _mask(masks, name, x)
             if _version(x) != version:
                 raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call: "
                                  "write x = x + …, not x += …")
+        total, rows = sums[name], _rows(x, mask)  # (rows, in)
         if shared[0] is not x or shared[1] != version:
             shared[:] = x, version, rows.mT @ rows
-        total = sums.setdefault(name, Statistics(0, torch.zeros_like(shared[2])))
         total.count += len(rows)
         total.input_moment += shared[2]
         if g is not None:
             g = len(rows) / 1024 * _rows(g, mask)  # (rows, out)
-            if total.gradient is None:
-                total.gradient = g.new_zeros(g.shape[1], rows.shape[1])
-                total.output_fisher = g.new_zeros(g.shape[1])
             total.gradient.addmm_(g.mT, rows)
             total.output_fisher += g.square().sum(dim=0)
 
-    def forward_hook(name: str, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-        x = args[0] if args else kwargs["input"]
+    def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
         version = _version(x)
         if not backward:
             accumulate(name, x, version, None)
@@ -542,39 +548,60 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
             y.register_hook(lambda g: accumulate(name, x, version, g))
         return y
 
-    handles = []
-    with _pretrained(model), torch.set_grad_enabled(backward):
-        try:
-            for name, layer in layers.items():
-                handles.append(layer.register_forward_hook(
-                    lambda _, args, kwargs, y, name=name: forward_hook(name, args, kwargs, y),
-                    with_kwargs=True))
-            for number, batch in _numbered(batches):
-                mask, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
-                loss = loss_fn(model, batch)
-                if backward:  # times 1024, which is exact: in half precision small g's survive
-                    _checked(loss, number).backward(torch.full_like(loss, 1024))
-        finally:
-            for handle in handles:
-                handle.remove()
-    for name in layers:
-        if name not in sums or sums[name].count == 0:
+    with _pretrained(model), torch.set_grad_enabled(backward), _watching(layers, watch), _as_one():
+        for number, batch in _numbered(batches):
+            masks, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
+            loss = loss_fn(model, batch)
+            if backward:  # times 1024, which is exact: in half precision small g's survive
+                _checked(loss, number).backward(torch.full_like(loss, 1024))
+    counts = _gathered({name: total.count for name, total in sums.items()})
+    for name, total in sums.items():
+        total.count = sum(count[name] for count in counts)
+        if total.count == 0:
             raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
                              "under no_grad, all masked, or in a reentrant checkpoint")
         for field in ("input_moment", "gradient", "output_fisher")[: 3 if backward else 1]:
-            if not getattr(sums[name], field).div_(sums[name].count).isfinite().all():
+            if not _sum_up(getattr(total, field)).div_(total.count).isfinite().all():
                 raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
-    return {name: sums[name] for name in layers}
+    return sums
+
+
+def _zeros(layer: nn.Linear, backward: bool) -> Statistics:
+    n_out, n_in = layer.weight.shape
+    zeros = functools.partial(torch.zeros, device=layer.weight.device,
+                              dtype=torch.promote_types(layer.weight.dtype, torch.float32))
+    more = (zeros(n_out, n_in), zeros(n_out)) if backward else ()
+    return Statistics(0, zeros(n_in, n_in), *more)
+
+
+@contextmanager
+def _watching(layers: dict[str, nn.Linear], watch: Callable) -> Iterator[None]:
+    """Inside, each layer calls watch(name, x, y) after its forward pass; the result replaces y."""
+    handles = [layer.register_forward_hook(
+        lambda _, args, kwargs, y, name=name: watch(name, args[0] if args else kwargs["input"], y),
+        with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask(masks: Tensor | dict | None, name: str, x: Tensor) -> Tensor | None:
+    """The layer's mask out of what mask_fn returned, if it fits the input."""
+    if isinstance(masks, dict) and name not in masks:
+        raise ValueError("mask_fn returned a dict without it: None there counts every row")
+    mask = masks[name] if isinstance(masks, dict) else masks
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(f"the mask {tuple(mask.shape)}, {mask.dtype}, does not fit the input "
+                         f"{tuple(x.shape)}: mask_fn must return a bool tensor of its leading "
+                         "shape, or a dict of such tensors by layer name")
+    return mask
 
 
 def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     """(…, n) → (rows, n), where the mask is True; float32 at least."""
-    if mask is not None:
-        if mask.shape != tensor.shape[:-1] or mask.dtype != torch.bool:
-            raise ValueError(f"the mask {tuple(mask.shape)}, {mask.dtype}, does not fit the input "
-                             f"{tuple(tensor.shape)}: mask_fn must return a bool tensor of its "
-                             "leading shape")
-        tensor = tensor[mask.to(tensor.device)]
+    tensor = tensor if mask is None else tensor[mask.to(tensor.device)]
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
@@ -635,13 +662,46 @@ def _checked(loss: Tensor, number: int, differentiable: bool = True) -> Tensor:
     return loss
 
 
+# Several processes (torchrun): each reads its own batches; what is summed, is summed over all.
+
+
+def _gathered(value: object) -> list:
+    """The value on each process of the default group, in order; without a group, the one value."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def _sum_up(tensor: Tensor) -> Tensor:
+    """The sum over the processes, in place: every process holds the same bits afterwards."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def _as_one() -> Iterator[None]:
+    """An error inside, on one process, is an error on all: none waits for it in vain."""
+    try:
+        yield
+    except Exception as error:
+        _gathered(repr(error))
+        raise
+    for rank, message in enumerate(_gathered(None)):
+        if message is not None:
+            raise RuntimeError(f"process {rank} failed: {message}")
+
+
 # ---------------------------------------------------------------------------- 5. whole models
 
 
 def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
                  n_train: int | None = None, variance: float = 1.0, damping: float = 0.1,
                  scale: float | None = 0.01, identity_fisher: bool = False, guard: bool = True,
-                 mask_fn: Callable | None = None, seed: int = 0) -> float:
+                 mask_fn: Callable | None = None, layers_per_pass: int | None = None,
+                 seed: int = 0) -> float:
     """Start every adapter of the model at LoRA-DA's (B, A); returns the guard's factor (≤ 1).
 
     `loss_fn(model, batch)` → mean −log p, as in `collect_statistics`. `n_train`: the number of
@@ -650,37 +710,47 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     right on a quadratic and far too long in a deep network. `identity_fisher` with `variance=0`
     starts at the gradient's singular vectors, the baseline.
 
-    The guard, ours: while the mean loss over `batches` is above the pre-trained model's, halve
+    The guard, ours: while the mean loss over the rows is above the pre-trained model's, halve
     every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
     It costs 2 to 12 more forward passes over `batches`.
+
+    `layers_per_pass` bounds the memory: a pass over `batches` for so many layers at a time, and the
+    same bits as in one pass. PEAK
+
+    In several processes (torchrun) each passes its own batches of the same, unwrapped model; all
+    end with the same bits, those of one process with all batches up to rounding.
 
     All layers succeed or none changes; the random state is left alone; the same seed gives the
     same bits. Raises ValueError, the layer named.
     """
     with _pretrained(model, seed) as layers:
-        statistics = collect_statistics(model, layers, batches, loss_fn, mask_fn=mask_fn)
         factors = {}
-        for name, layer in layers.items():
-            total = statistics[name]
-            if identity_fisher:
-                total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
-                total.output_fisher = torch.ones_like(total.output_fisher)
-            rows = total.count if n_train is None else n_train
-            with _naming(name):
-                B, A = lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
-                               rows, variance=variance, damping=damping)
-            factors[name] = _shortened(B, A, layer.weight, scale), A
-        factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
+        for group in _groups(layers, layers_per_pass, (batches, guard)):
+            statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
+            for name, layer in group.items():
+                total = statistics.pop(name)
+                if identity_fisher:
+                    total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
+                    total.output_fisher = torch.ones_like(total.output_fisher)
+                rows = total.count if n_train is None else n_train
+                with _naming(name):
+                    B, A = lora_da(total.gradient, total.input_moment, total.output_fisher,
+                                   layer.rank, rows, variance=variance, damping=damping)
+                factors[name] = _shortened(B, A, layer.weight, scale), A
+        factor = _guard(model, factors, batches, loss_fn, mask_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
 def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_rank: int = 64,
-             lr: float = 0.002, train_A: bool = False, seed: int = 0) -> float:
+             lr: float = 0.002, train_A: bool = False, mask_fn: Callable | None = None,
+             seed: int = 0) -> float:
     """Preheat at a high rank, one Adam step a batch, and start at HRP's A with B = 0.
 
     `preheat_rank` is capped at each layer's min(in, out); A_high is Kaiming-uniform and stays
     frozen unless `train_A`. The preheated factors are discarded. Returns 1.0: with B = 0 there is
-    nothing to guard. For errors, seed and all-or-none see `init_lora_da`.
+    nothing to guard. In several processes a step takes one batch from each, weighed by its rows,
+    which `mask_fn` counts, until the last has run dry. For errors, seed and all-or-none see
+    `init_lora_da`.
     """
     with _pretrained(model, seed) as layers, torch.enable_grad():
         ranks = {name: layer.rank for name, layer in layers.items()}
@@ -696,9 +766,21 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             layer.lora_B.requires_grad_(True)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr)
-        for number, batch in _numbered(batches):
+        steps = _numbered(batches)
+        while True:
             optimizer.zero_grad()
-            _checked(loss_fn(model, batch), number).backward()
+            rows = None  # stays None where this process has run dry
+            with _as_one():
+                for number, batch in itertools.islice(steps, 1):
+                    loss, rows = _loss_and_rows(model, batch, loss_fn, mask_fn)
+                    _checked(loss, number).backward()
+            counts = [count for count in _gathered(rows) if count is not None]
+            if not counts:
+                break
+            share = (rows or 0) / max(sum(counts), 1)
+            for parameter in trained:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = _sum_up(share * grad)
             optimizer.step()
         factors = {}
         for name, layer in layers.items():
@@ -712,7 +794,8 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
 def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
                  pretrain_batches: Iterable | None = None, rank_budget: int | None = None,
                  damping: float = 0.1, scale: float | None = 0.01, guard: bool = True,
-                 mask_fn: Callable | None = None, seed: int = 0) -> float:
+                 mask_fn: Callable | None = None, layers_per_pass: int | None = None,
+                 seed: int = 0) -> float:
     """Start every adapter at CNTLoRA's (B, A), from forward passes alone; returns the factor.
 
     `loss_fn(model, batch)` has to call the model; labels serve the guard, never the fit: without
@@ -721,29 +804,27 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     scale, guard, errors, seed and all-or-none see `init_lora_da`.
     """
     with _pretrained(model, seed) as layers:
-        def moments(data: Iterable) -> dict[str, Tensor]:
-            statistics = collect_statistics(model, layers, data, loss_fn, backward=False,
-                                            mask_fn=mask_fn)
-            return {name: total.input_moment for name, total in statistics.items()}
-
-        Z_f = moments(batches)
-        Z_p = {} if pretrain_batches is None else moments(pretrain_batches)
         ranks = {name: layer.rank for name, layer in layers.items()}
         if rank_budget is not None:  # enough of each spectrum to choose from
             most = max(rank_budget - len(layers) + 1, 1)
             ranks = {name: min(most, *layer.weight.shape) for name, layer in layers.items()}
         factors = {}
-        for name, layer in layers.items():
-            with _naming(name):
-                factors[name] = cntlora(layer.weight, Z_f[name], Z_p.get(name), rank=ranks[name],
-                                        damping=damping)
+        for group in _groups(layers, layers_per_pass, (batches, guard), (pretrain_batches, False)):
+            Z_f, Z_p = ({} if data is None else collect_statistics(
+                model, group, data, loss_fn, backward=False, mask_fn=mask_fn)
+                for data in (batches, pretrain_batches))
+            for name, layer in group.items():
+                Z = Z_f.pop(name).input_moment
+                old = Z_p.pop(name).input_moment if Z_p else None
+                with _naming(name):
+                    factors[name] = cntlora(layer.weight, Z, old, rank=ranks[name], damping=damping)
         if rank_budget is not None:
             spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
             ranks = allocate_ranks(spectra, rank_budget)
         for name, (B, A) in factors.items():
             B, A = B[:, : ranks[name]], A[: ranks[name]]
             factors[name] = _shortened(B, A, layers[name].weight, scale), A
-        factor = _guard(model, factors, batches, loss_fn, seed) if guard else 1.0
+        factor = _guard(model, factors, batches, loss_fn, mask_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
 
@@ -759,9 +840,41 @@ def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Ten
     return B * (most / length).clamp_max(1) if length > 0 else B
 
 
+def _groups(layers: dict[str, LoRALinear], size: int | None, *data: tuple[Iterable | None, bool],
+            ) -> Iterator[dict[str, LoRALinear]]:
+    """`size` layers at a time. `data` pairs batches with whether they are read once more: an
+    iterator, which gives its batches only once, is refused where it will be read again."""
+    names, size = list(layers), len(layers) if size is None else size
+    if size < 1:
+        raise ValueError(f"layers_per_pass {size} is not at least 1")
+    for batches, again in data:
+        if isinstance(batches, Iterator) and (again or size < len(names)):
+            raise ValueError(f"{type(batches).__name__} can be read only once, and each "
+                             "layers_per_pass and the guard read the batches anew: pass a list or "
+                             "a DataLoader")
+    for i in range(0, len(names), size):
+        yield {name: layers[name] for name in names[i:i + size]}
+
+
+def _loss_and_rows(model: nn.Module, batch: object, loss_fn: Callable, mask_fn: Callable | None,
+                   ) -> tuple[Tensor, int]:
+    """The batch's loss, and its number of rows that count, over all adapters together."""
+    masks, rows = mask_fn(batch) if mask_fn else None, 0
+
+    def count(name: str, x: Tensor, _: Tensor) -> None:
+        nonlocal rows
+        with _naming(name):
+            mask = _mask(masks, name, x)
+        rows += math.prod(x.shape[:-1]) if mask is None else int(mask.sum())
+
+    with _watching(lora_layers(model), count):
+        loss = loss_fn(model, batch)
+    return loss, rows
+
+
 @torch.no_grad()
 def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches: Iterable,
-           loss_fn: Callable, seed: int) -> float:
+           loss_fn: Callable, mask_fn: Callable | None, seed: int) -> float:
     """The largest of 1, ½, …, 2⁻¹⁰ at which the mean loss is no worse than at 0; else 0."""
     layers = lora_layers(model)
 
@@ -769,10 +882,15 @@ def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches:
         torch.manual_seed(seed)  # a DataLoader that shuffles deals the same batches each time
         for layer in layers.values():
             layer.scaling = factor
-        losses = [loss_fn(model, batch) for _, batch in _numbered(batches)]
-        if factor == 0.0:
-            losses = [_checked(loss, n, differentiable=False) for n, loss in enumerate(losses)]
-        return sum(float(loss) for loss in losses) / len(losses)
+        total = count = 0
+        with _as_one():
+            for number, batch in _numbered(batches):
+                loss, rows = _loss_and_rows(model, batch, loss_fn, mask_fn)
+                if factor == 0.0:
+                    _checked(loss, number, differentiable=False)
+                total, count = total + rows * float(loss), count + rows
+        totals, counts = zip(*_gathered((total, count)))
+        return sum(totals) / sum(counts)
 
     pretrained = mean_loss(0.0)
     for name, (B, A) in factors.items():
@@ -788,3 +906,107 @@ def _install(layers: dict[str, LoRALinear], factors: dict, factor: float) -> flo
         B, A = factors[name]
         layer.set_factors(factor / layer.scaling * B, A)
     return factor
+
+
+# ---------------------------------------------------------------------------- 6. saving
+
+
+def save_peft(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapters to `folder` as PEFT does: adapter_config.json and adapter_model.bin.
+
+    Each file replaces an older one in one step. In several processes call it in one of them.
+    Raises ValueError if the model has no adapter below its root, FileExistsError if the folder
+    has an adapter_model.safetensors, which PEFT would read instead.
+    """
+    layers, folder = lora_layers(model), Path(folder)
+    if not layers or "" in layers:
+        raise ValueError(f"{type(model).__name__} has no LoRALinear below it: call add_lora first")
+    if (folder / "adapter_model.safetensors").exists():
+        raise FileExistsError(f"{folder} has an adapter_model.safetensors, which would be read in "
+                              "place of the new adapter_model.bin: save to another folder")
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {n: float(f"{layer.scaling * ranks[n]:.15g}") for n, layer in layers.items()}
+    r, alpha = (next(iter(values.values())) for values in (ranks, alphas))
+    # In a list PEFT takes a name for a suffix; a string is a regular expression, and exact.
+    suffixes = tuple(f".{name}" for name in layers)
+    mixed = any(n.endswith(suffixes) and n not in layers for n, _ in model.named_modules())
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None,
+        "target_modules": "|".join(map(re.escape, layers)) if mixed else list(layers),
+        "r": r, "rank_pattern": {f"^{re.escape(n)}": v for n, v in ranks.items() if v != r},
+        "lora_alpha": alpha,
+        "alpha_pattern": {f"^{re.escape(n)}": v for n, v in alphas.items() if v != alpha},
+        "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "lora_dropout": 0.0,
+        "init_lora_weights": True, "inference_mode": False,
+    }
+    tensors = {f"base_model.model.{name}.lora_{key}.weight": factor.detach().cpu().clone()
+               for name, layer in layers.items()
+               for key, factor in (("A", layer.lora_A), ("B", layer.lora_B))}
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {folder / f".{file}.{os.getpid()}": folder / file
+             for file in ("adapter_model.bin", "adapter_config.json")}
+    weights, settings = parts
+    try:
+        torch.save(tensors, weights)
+        settings.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for part, file in parts.items():
+            part.replace(file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALinear]:
+    """Give the model the adapters that `save_peft` or PEFT wrote to `folder`; returns them by name.
+
+    Adapters that the model has take the saved factors and scale; other layers are adapted first,
+    as by `add_lora`. adapter_model.safetensors goes before adapter_model.bin and needs the
+    package safetensors.
+    Raises ValueError, and changes nothing, where file and model differ in a layer or a shape,
+    where the model has an adapter that the file lacks, and for a PEFT method other than LoRA (or
+    rsLoRA) on linear layers.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    beyond = [key for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora",
+                              "use_bdlora", "layer_replication") if config.get(key)]
+    if config.get("peft_type") != "LORA" or beyond:
+        raise ValueError(f"{folder}: not plain LoRA but {config.get('peft_type')} {beyond}")
+    file = Path(folder) / "adapter_model.safetensors"
+    if file.exists():
+        tensors = importlib.import_module("safetensors.torch").load_file(file)
+    else:
+        tensors = torch.load(file.with_suffix(".bin"), map_location="cpu", weights_only=True)
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(f"{folder}: '{key}' is no factor of a linear layer")
+        saved.setdefault(match[1], {})[match[2]] = tensor
+
+    def alpha(name: str) -> float:  # PEFT's rule: the first pattern that matches
+        return next((value for key, value in (config.get("alpha_pattern") or {}).items()
+                     if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"])
+
+    modules, scalings = dict(model.named_modules(remove_duplicate=False)), {}
+    for name, factors in saved.items():
+        if name not in modules:
+            near = ", ".join(difflib.get_close_matches(name, modules)) or "none"
+            raise ValueError(f"{folder}: the model has no layer '{name}'; near names: {near}")
+        if set(factors) != {"A", "B"}:
+            raise ValueError(f"{folder}: '{name}' has lora_{''.join(factors)} alone")
+        if not isinstance(modules[name], LoRALinear):
+            _check_adaptable(name, modules[name], 1, None)
+        with _naming(name):
+            _check_factors(modules[name], factors["B"], factors["A"])
+        rank = len(factors["A"])
+        scalings[name] = alpha(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if lacking := set(lora_layers(model)) - set(saved):
+        raise ValueError(f"{folder} lacks the model's adapters {sorted(lacking)}: merge them first")
+    fresh = {name for name in saved if not isinstance(modules[name], LoRALinear)}
+    if fresh:
+        add_lora(model, 1, targets=fresh.__contains__)
+    for name, factors in saved.items():
+        layer = model.get_submodule(name)
+        layer.set_factors(factors["B"], factors["A"])
+        layer.scaling = scalings[name]
+    return {name: model.get_submodule(name) for name in saved}

@@ -10,8 +10,11 @@ projectors, never as signed vectors. A claimed optimum has to beat random and pe
 import contextlib
 import copy
 import io
+import json
 import math
 import re
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +38,12 @@ from lora_init import (
     init_cntlora,
     init_hrp,
     init_lora_da,
+    load_peft,
     lora_da,
     lora_layers,
     merge_lora,
     monge_map,
+    save_peft,
 )
 
 settings.register_profile("here", deadline=None, max_examples=60)
@@ -1025,14 +1030,49 @@ def test_the_same_seed_gives_the_same_bits_and_the_random_state_stays(init, devi
 
 
 @pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
-def test_a_generator_that_ran_dry_before_the_guard_is_an_error(init):
+def test_batches_that_can_be_read_once_only_are_refused_where_they_are_read_twice(init):
+    """By the guard or by a second pass; before any batch is spent. Empty batches are named too."""
     model, batches = trained_net(), batched(rows_of_data(8), [4, 4])
     before = snapshot(model)
+    for kwargs in ({}, {"guard": False, "layers_per_pass": 3}):
+        iterator = iter(batches)
+        with pytest.raises(ValueError, match="list_iterator can be read only once.*pass a list"):
+            init(model, iterator, mean_loss, **kwargs)
+        assert len(list(iterator)) == 2
+
+    class Dry:  # no iterator, and yet it gives its batches once
+        source = iter(batches)
+
+        def __iter__(self):
+            return self.source
+
     with pytest.raises(ValueError, match="batches is empty.*a generator can be read only once"):
-        init(model, iter(batches), mean_loss)
+        init(model, Dry(), mean_loss)
     assert same(before, snapshot(model))
-    init(model, iter(batches), mean_loss, guard=False)
+    init(model, iter(batches), mean_loss, guard=False, layers_per_pass=4)
     assert not same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
+@pytest.mark.parametrize("size", [1, 3])
+def test_any_number_of_layers_a_pass_gives_the_same_bits(init, size):
+    """Also with a loss that draws random numbers, and with old data and a budget of ranks."""
+    batches, old = batched(rows_of_data(12), [6, 6]), batched(rows_of_data(12, 1), [12])
+
+    def noisy_loss(model, batch):
+        return mean_loss(model, batch) + 0.1 * model(torch.randn_like(batch[0])).square().mean()
+
+    for kwargs in ({}, {"pretrain_batches": old, "rank_budget": 9}):
+        if init is init_lora_da and kwargs:
+            continue
+        results = []
+        for layers_per_pass in (None, size, 99):
+            model = net()
+            init(model, batches, noisy_loss, layers_per_pass=layers_per_pass, **kwargs)
+            results.append([p.detach() for p in model.parameters()])
+        assert same(results[0], results[1]) and same(results[0], results[2])
+    with pytest.raises(ValueError, match="layers_per_pass 0"):
+        init(net(), batches, mean_loss, layers_per_pass=0)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -1144,6 +1184,357 @@ def test_a_whole_round_never_writes_a_base_weight():
     state = adapted.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
     assert not torch.equal(model.q.weight, base["q.weight"])
+
+
+# ---------------------------------------------------------------------------- two processes
+
+
+CALLS = {"lora_da": init_lora_da, "cntlora": init_cntlora, "hrp": partial(init_hrp, preheat_rank=3),
+         "trained A": partial(init_hrp, preheat_rank=3, train_A=True),
+         "by layer": partial(init_lora_da, layers_per_pass=1, scale=None),
+         "masked": partial(init_lora_da, mask_fn=lambda batch: batch[1] > 0),
+         "masked hrp": partial(init_hrp, preheat_rank=3, mask_fn=lambda batch: batch[1] > 0)}
+
+
+def kept_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean over the rows whose label is not 0."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], ignore_index=0)
+
+
+def shards() -> list[list[tuple[Tensor, Tensor]]]:
+    """Uneven in batches and in rows: 4, 7 and 6 rows for one process, 3 for the other."""
+    *first, last = batched(rows_of_data(20), [4, 7, 6, 3])
+    return [first, [last]]
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=rank)
+    results: dict = {}
+    for name, init in CALLS.items():
+        model = net()
+        factor = init(model, shards()[rank], kept_loss if "masked" in name else mean_loss)
+        results[name] = factor, [p.detach() for p in model.parameters()]
+
+    def fails(number: int) -> Callable:
+        calls = []
+
+        def loss_fn(model, batch):
+            calls.append(1)
+            if rank == 1 and len(calls) == number:
+                raise ArithmeticError("of my own")
+            return mean_loss(model, batch)
+        return loss_fn
+
+    for call in (collect, *INITS):
+        for data, loss_fn in ((shards()[0] if rank == 0 else [], mean_loss),
+                              (shards()[0], fails(1)), (shards()[0], fails(2)),
+                              (shards()[0], fails(5))):  # the fifth is in the guard
+            model = trained_net()
+            before = snapshot(model)
+            try:
+                call(model, data, loss_fn)
+                message = ""
+            except (ValueError, RuntimeError, ArithmeticError) as error:
+                message = repr(error)
+            results.setdefault(call.__name__, []).append((message, same(before, snapshot(model))))
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_two_processes_end_with_the_same_bits_and_with_those_of_one(two_processes, name):
+    """Bit for bit on both; to rounding what one process finds that sees all batches."""
+    (factor, first), (other_factor, second) = (results[name] for results in two_processes)
+    assert factor == other_factor and same(first, second)
+    model, loss_fn = net(), kept_loss if "masked" in name else mean_loss
+    all_batches = [batch for shard in shards() for batch in shard]
+    if "hrp" in name or "trained" in name:  # a step takes a batch of each
+        both = zip(all_batches[0], all_batches[3])
+        all_batches = [tuple(torch.cat(pair) for pair in both), *all_batches[1:3]]
+    assert CALLS[name](model, all_batches, loss_fn) == factor
+    assert all(near(a, b.detach(), 1e-6) for a, b in zip(first, model.parameters()))
+
+
+def test_an_error_on_one_process_is_an_error_on_all(two_processes):
+    """Not a hang: no batch, or a loss that raises at any time; every model is as it was."""
+    for call in ("collect", "init_lora_da", "init_hrp", "init_cntlora"):
+        for number, own in enumerate(("batches is empty", *["of my own"] * 3)):
+            (first, unchanged), (second, unchanged_too) = (r[call][number] for r in two_processes)
+            if number == 3 and call in ("collect", "init_hrp"):  # which end after three batches
+                assert first == second == ""
+            else:
+                assert unchanged and unchanged_too
+                assert own in second and "process" not in second
+                assert re.search("RuntimeError.*process 1 failed: .*" + own, first), (call, first)
+
+
+# ---------------------------------------------------------------------------- saving
+
+
+def alike(n: int = 12) -> nn.Sequential:
+    """Layers "0" … "11" whose names contain each other, and "12.1", which ends like "1"."""
+    torch.manual_seed(0)
+    end = nn.Sequential(nn.Tanh(), nn.Linear(6, 5))
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(n)), end)
+
+
+def differently_adapted() -> nn.Sequential:
+    """Three layers of three ranks and three scales, one of them not exact in binary."""
+    model = alike()
+    for name, rank, alpha in (("1", 3, 16), ("11", 1, 0.1), ("5", 2, 2)):
+        (layer,) = add_lora(model, rank, alpha, targets=lambda n, name=name: n == name).values()
+        layer.set_factors(torch.randn(6, rank), torch.randn(rank, 6))
+    return model
+
+
+def test_saved_and_loaded_is_the_same_function(tmp_path):
+    """Bit for bit: factors, ranks, scales; into a bare model and into one adapted otherwise."""
+    model, x = differently_adapted(), torch.randn(3, 6)
+    save_peft(model, tmp_path / "new" / "adapter")
+    other = alike()
+    add_lora(other, 2, targets=["11"])
+    other[11].requires_grad_(False)
+    for target in (alike(), other):
+        loaded = load_peft(target, str(tmp_path / "new" / "adapter"))
+        assert list(loaded) == ["1", "5", "11"] and loaded == lora_layers(target)
+        assert torch.equal(target(x), model(x))
+        assert [m.scaling for m in loaded.values()] == [16 / 3, 1.0, 0.1]
+        assert not target[0].weight.requires_grad and target[1].lora_A.requires_grad
+    files = sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir())
+    assert files == ["adapter_config.json", "adapter_model.bin"]
+
+
+def test_a_save_that_fails_leaves_the_older_adapter(tmp_path, monkeypatch):
+    model = differently_adapted()
+    save_peft(model, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    model[1].lora_B.data.zero_()
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_init.json, "dumps", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_peft(model, tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="would be read in place"):
+        save_peft(model, tmp_path)
+    for bare in (alike(), LoRALinear(nn.Linear(2, 2), 1)):
+        with pytest.raises(ValueError, match="no LoRALinear below"):
+            save_peft(bare, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda model, config, tensors: model.__delitem__(slice(11, 13)), "no layer '11'; .* names: 1"),
+    (lambda model, config, tensors: model.__setitem__(11, nn.Linear(6, 7)),
+     r"'11': factors B \(6, 1\), A \(1, 6\) do not fit a weight \(7, 6\)"),
+    (lambda model, config, tensors: model.__setitem__(11, nn.Tanh()), "'11' is Tanh"),
+    (lambda model, config, tensors: add_lora(model, 1, targets=["2"]), r"lacks .*\['2'\]"),
+    (lambda model, config, tensors: config.update(peft_type="IA3"), "not plain LoRA but IA3"),
+    (lambda model, config, tensors: config.update(use_dora=True), "use_dora"),
+    (lambda model, config, tensors: config.pop("lora_alpha"), "lora_alpha"),
+    (lambda model, config, tensors: tensors.popitem(), "'11' has lora_A alone"),
+    (lambda model, config, tensors: tensors.update({"base_model.model.11.bias": torch.ones(6)}),
+     "'base_model.model.11.bias' is no factor"),
+])
+def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path, spoil, message):
+    save_peft(differently_adapted(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors, model = torch.load(tmp_path / "adapter_model.bin"), alike()
+    spoil(model, config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError, KeyError), match=message):
+        load_peft(model, tmp_path)
+    assert same(before, snapshot(model))
+
+
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
+    save_peft(differently_adapted(), tmp_path)
+    torch.save({"base_model.model.1.lora_A.weight": Path}, tmp_path / "adapter_model.bin")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load_peft(alike(), tmp_path)
+
+
+def test_peft_loads_what_we_saved(tmp_path):
+    """Our outputs to 1e-5, our trainable factors and nobody else's; and saved again, ours again."""
+    peft = pytest.importorskip("peft")
+    ours, x = differently_adapted(), torch.randn(3, 6)
+    save_peft(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(alike(), tmp_path / "ours", is_trainable=True)
+    assert torch.allclose(theirs(x), ours(x), rtol=1e-5, atol=1e-5)
+    trained = {n.split(".lora")[0].removeprefix("base_model.model.")
+               for n, p in theirs.named_parameters() if p.requires_grad}
+    assert trained == {"1", "5", "11"}  # not "12.1"
+    for safe in (True, False):
+        if safe:
+            pytest.importorskip("safetensors")
+        theirs.save_pretrained(tmp_path / str(safe), safe_serialization=safe)
+        again = alike()
+        load_peft(again, tmp_path / str(safe))
+        assert torch.equal(again(x), ours(x))
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"use_rslora": True}, {"lora_alpha": 0.3},
+    {"rank_pattern": {"1": 4, "^11": 1}, "alpha_pattern": {"12.1": 5, "^1": 7}},
+    {"use_rslora": True, "rank_pattern": {"1": 3}, "alpha_pattern": {"^11": 9}},
+])
+def test_what_peft_saved_is_peft_s_function(tmp_path, settings):
+    """Names that contain each other do not mix; patterns match as they do there."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("safetensors")
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["1", "11"],
+                                "init_lora_weights": False, **settings})
+    theirs, x = peft.get_peft_model(alike(), config), torch.randn(3, 6)
+    theirs.save_pretrained(tmp_path)
+    ours = alike()
+    assert set(load_peft(ours, tmp_path)) == {"1", "11", "12.1"}
+    assert torch.allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- Hugging Face
+
+
+def hugging_face(kind: str, padding: int = 0) -> tuple[nn.Module, list[str], dict, Callable]:
+    """A small random model, targets, a padded batch of three, and its mask_fn."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "initializer_range": 0.2}
+    lengths, labels = torch.tensor([7, 5, 4]), torch.tensor([0, 2, 1])
+    tokens, mask = torch.randint(1, 64, (3, 7)), torch.arange(7 + padding) < lengths[:, None]
+    tokens = torch.cat([tokens, torch.randint(1, 64, (3, padding))], dim=1)  # (3, 7 + padding)
+    batch = {"input_ids": tokens, "attention_mask": mask.long()}
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(
+            vocab_size=64, tie_word_embeddings=True, **sizes))
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        batch["labels"] = tokens.where(mask, -100)
+    elif kind == "bert":
+        model = hf.BertForSequenceClassification(hf.BertConfig(
+            vocab_size=64, num_labels=3, **sizes))
+        targets, batch["labels"] = ["query", "value", "output.dense", "intermediate.dense"], labels
+    elif kind == "vit":
+        model = hf.ViTForImageClassification(hf.ViTConfig(
+            image_size=8, patch_size=4, num_labels=3, **sizes))
+        batch = {"pixel_values": torch.randn(3, 3, 8, 8), "labels": labels}
+        return model, ["fc1", "fc2"], batch, lambda batch: None
+    else:
+        model = hf.T5ForConditionalGeneration(hf.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+            decoder_start_token_id=0))
+        targets = ["SelfAttention.q", "EncDecAttention.q", "EncDecAttention.v", "wo"]
+        answer = torch.arange(6 + padding) < torch.tensor([6, 2, 4])[:, None]
+        batch["labels"] = torch.randint(1, 64, (3, 6))
+        batch["labels"] = nn.functional.pad(batch["labels"], (0, padding)).where(answer, -100)
+
+        def mask_fn(batch):  # two sequences: cross-attention's keys and values read the encoder's
+            encoder, decoder = batch["attention_mask"] == 1, batch["labels"] != -100
+            return {name: encoder if re.match("encoder|.*EncDecAttention.v", name) else decoder
+                    for name in lora_layers(model)}
+        return model, targets, batch, mask_fn
+    return model, targets, batch, lambda batch: batch["attention_mask"] == 1
+
+
+def hf_loss(model: nn.Module, batch: dict) -> Tensor:
+    return model(**batch).loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit", "t5"])
+def test_hugging_face_statistics_see_autograds_gradient_and_no_padding(kind):
+    """G = ∂loss/∂W by autograd; three more columns of padding change no statistic."""
+    totals = []
+    for padding in (0, 3):
+        model, targets, batch, mask_fn = hugging_face(kind, padding)
+        layers = add_lora(model, 2, targets=targets)
+        totals.append(collect_statistics(model, layers, [batch], hf_loss, mask_fn=mask_fn))
+    model.requires_grad_(True).eval()
+    hf_loss(model, batch).backward()
+    for name, layer in layers.items():
+        short, long = (total[name] for total in totals)
+        assert near(long.gradient, layer.weight.grad, 1e-4)
+        assert short.count == long.count < batch.get("input_ids", torch.ones(99)).numel()
+        for field in ("input_moment", "gradient", "output_fisher"):
+            assert near(getattr(short, field), getattr(long, field), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_gradient_checkpointing_changes_no_statistic(kind):
+    """It is active in train mode only: without dropout the loss may switch to it."""
+    totals, calls = [], []
+    for checkpointing in (False, True):
+        model, targets, batch, mask_fn = hugging_face(kind)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for rate in ("dropout", "dropout_prob"):  # of attention weights
+                if isinstance(getattr(module, rate, None), float):
+                    setattr(module, rate, 0.0)
+        layers = add_lora(model, 2, targets=targets)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls.append([])
+        next(iter(layers.values())).register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        totals.append(collect_statistics(
+            model, layers, [batch], lambda m, b: hf_loss(m.train(), b), mask_fn=mask_fn))
+    assert len(calls[1]) == 2 * len(calls[0])  # it did recompute
+    for name in layers:
+        off, on = (total[name] for total in totals)
+        assert on.count == off.count and near(on.gradient, off.gradient, 1e-5)
+        assert near(on.input_moment, off.input_moment, 1e-6)
+        assert near(on.output_fisher, off.output_fisher, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("llama", torch.float32), ("llama", torch.bfloat16), ("bert", torch.float32),
+    ("vit", torch.float32), ("t5", torch.float32)])
+@pytest.mark.parametrize("init", INITS)
+def test_a_hugging_face_model_starts_trains_and_merges(init, kind, dtype):
+    """Never worse at the start, better ten steps later; merging changes no output, no base bit."""
+    model, targets, batch, mask_fn = hugging_face(kind)
+    model.to(dtype).eval()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pretrained = hf_loss(model, batch).item()
+    if kind == "llama":  # its mask fits the head too; embedding and head are one Parameter
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        targets.append("lm_head")
+    adapters = add_lora(model, 2, alpha=4, targets=targets)
+    init(model, [batch, batch], hf_loss, mask_fn=mask_fn)
+    losses, trained = [], [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, 0.02)
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(hf_loss(model, batch))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] <= pretrained + 1e-6 and losses[-1] < losses[0] - 0.01
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base.items())
+    expected, head = model(**batch).logits, base.get("lm_head.weight")
+    assert len(adapters) >= 4 and not lora_layers(merge_lora(model))
+    assert near(model(**batch).logits, expected, 0.05 if dtype == torch.bfloat16 else 1e-4)
+    if kind == "llama":
+        assert torch.equal(model.get_input_embeddings().weight, head)
+        assert not torch.equal(model.lm_head.weight, head)
+
+
+def test_a_transposed_conv1d_is_refused_by_name():
+    hf = pytest.importorskip("transformers")
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(TypeError, match=r"'transformer.h.0.attn.c_attn' is Conv1D.*transposed"):
+        add_lora(model, 2, targets=["c_attn"])
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------- the pages
