@@ -6,12 +6,14 @@ standard library and fine-tuned on the language reference (`pydoc_data.topics`),
 every Python carries. Every method gets the same pre-trained weights, batches, steps and sweep of
 learning rates; HRP's preheating counts as steps. Finally the *capture* asks, with no learning rate
 in it, how much of what full fine-tuning changed each starting A could have expressed.
+Under torchrun each process takes its share of every batch.
 """
 
 import argparse
 import copy
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -26,7 +28,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_init import (
     add_lora,
@@ -176,12 +179,35 @@ def split(text: bytes, need: int, name: str) -> dict[str, Tensor]:
     return tokens
 
 
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def join(args: Args) -> None:
+    """Under torchrun: join the group, take a GPU of one's own, let the first process print."""
+    if "RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    rank, processes = place()
+    if rank > 0:
+        sys.stdout = io.StringIO()  # the others keep silent
+    if PRESETS[args.preset]["batch"] % processes:
+        sys.exit(f"a batch of {PRESETS[args.preset]['batch']} cannot be shared by {processes}")
+
+
 def draw(tokens: Tensor, count: int, shape: dict, seed: int, device: str) -> list[Tensor]:
-    """`count` batches of random windows, (batch, context + 1)."""
+    """`count` batches of random windows, this process's share of them, (batch, context + 1)."""
     generator = torch.Generator().manual_seed(seed)
     size = shape["context"] + 1
     starts = torch.randint(len(tokens) - size, (count, shape["batch"], 1), generator=generator)
-    return list(tokens[starts + torch.arange(size)].to(device))
+    rank, processes = place()
+    return list(tokens[starts[:, rank::processes] + torch.arange(size)].to(device))
 
 
 def windows(tokens: Tensor, shape: dict, device: str, most: int) -> list[Tensor]:
@@ -200,23 +226,32 @@ def pretrained(args: Args, tokens: dict[str, Tensor], shape: dict) -> Transforme
     torch.manual_seed(0)
     model = Transformer(*(shape[k] for k in ("width", "layers", "heads", "context")))
     model.to(args.device)
-    made_by = json.dumps([shape, args.pretrain_steps, args.device, torch.__version__]).encode()
+    kind = torch.device(args.device).type
+    made_by = json.dumps([shape, args.pretrain_steps, kind, torch.__version__]).encode()
     key = hashlib.sha256(made_by + tokens["train"].numpy().tobytes()).hexdigest()[:16]
     file = Path(args.cache) / f"pretrained-{key}.pt"
-    if file.exists():
+    state = [None]
+    if file.exists() and place()[0] == 0:
         try:
-            model.load_state_dict(torch.load(file, map_location=args.device, weights_only=True))
-            print(f"pre-trained weights from {file}")
-            return model
+            state = [torch.load(file, map_location="cpu", weights_only=True)]
+            model.load_state_dict(state[0])
         except Exception as error:  # noqa: BLE001  damaged files raise many kinds, one remedy
             print(f"{file} is damaged ({type(error).__name__}): pre-training anew")
+            state = [None]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(state)
+    if state[0] is not None:
+        model.load_state_dict(state[0])
+        print(f"pre-trained weights from {file}")
+        return model
 
     batches = draw(tokens["train"], args.pretrain_steps, shape, 0, args.device)
     for _ in train(model, batches, 2e-3, "pre-training"):
         pass
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file.with_suffix(".part"))
-    os.replace(file.with_suffix(".part"), file)
+    if place()[0] == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
     return model
 
 
@@ -224,6 +259,8 @@ def train(model: nn.Module, batches: list[Tensor], lr: float, title: str = "") -
     """Adam, the rate falling linearly to 0; yields the number of steps done."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr)
+    if distributed.is_initialized():
+        model = DistributedDataParallel(model)
     start = time.perf_counter()
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
@@ -256,7 +293,7 @@ def start(method: str, model: nn.Module, batches: list[Tensor], pretrain: list[T
           args: Args, seed: int) -> None:
     """Give the model's adapters the method's A and B."""
     look = batches[: args.calibration]
-    rows = args.steps * batches[0][:, 1:].numel()  # what fine-tuning will see
+    rows = args.steps * batches[0][:, 1:].numel() * place()[1]  # what fine-tuning will see
     same = {"damping": args.damping, "scale": args.scale, "seed": seed}
     if method == "orthonormal":
         for layer in lora_layers(model).values():
@@ -503,13 +540,15 @@ def plot(runs: list[Run], curves: dict, file: str) -> None:
 
 def main() -> None:
     args = parse_args()
+    join(args)
     shape = PRESETS[args.preset]
     size = shape["context"] + 1
     source, prose = read_texts(args)
     pretrain = split(source, 2 * size, "pre-training")
     finetune = split(prose, 2 * size, "fine-tuning")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
-          f"{torch.get_num_threads()} threads, seeds 0..{args.seeds - 1}")
+          f"processes: {place()[1]} of {torch.get_num_threads()} threads, "
+          f"seeds 0..{args.seeds - 1}")
     base = pretrained(args, pretrain, shape)
     held_out = windows(pretrain["test"], shape, args.device, args.eval_batches)
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters, "
@@ -518,11 +557,13 @@ def main() -> None:
           f"fine-tuning on {min(args.finetune_bytes, len(finetune['train'])):,} bytes of prose")
     runs, curves, captures = compare(args, base, finetune, pretrain, shape)
     report(runs, curves, captures, args)
-    if args.json:
+    if args.json and place()[0] == 0:
         numbers = {"runs": [asdict(run) for run in runs], "capture": captures}
         Path(args.json).write_text(json.dumps(numbers, indent=1))
-    if args.plot:
+    if args.plot and place()[0] == 0:
         plot(runs, curves, args.plot)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

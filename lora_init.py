@@ -282,7 +282,7 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank:
         for _ in range(2):  # once more: Gram–Schmidt loses orthogonality where much cancels
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
     dense = apply(torch.eye(n, dtype=start.dtype, device=start.device))
-    return torch.linalg.eigh((dense + dense.mT) / 2).eigenvectors[:, :rank]
+    return torch.linalg.eigh((dense + dense.mT) / 2).eigenvectors[:, :rank].clone()
 
 
 # ---------------------------------------------------------------------------- 3. the algorithms
@@ -714,8 +714,10 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
     It costs 2 to 12 more forward passes over `batches`.
 
-    `layers_per_pass` bounds the memory: a pass over `batches` for so many layers at a time, and the
-    same bits as in one pass. PEAK
+    `layers_per_pass` bounds the memory: so many layers at a time, each time a pass over `batches`,
+    and the same bits as in one pass. Peak, in floats: the sum of in² + out·in + out over the
+    layers of a pass, plus the larger of a batch's activations and the work on one layer,
+    6·in² + out·in, about half of it above in = 1024 (test_the_peak_memory_is_what_is_documented).
 
     In several processes (torchrun) each passes its own batches of the same, unwrapped model; all
     end with the same bits, those of one process with all batches up to rounding.
@@ -723,20 +725,22 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     All layers succeed or none changes; the random state is left alone; the same seed gives the
     same bits. Raises ValueError, the layer named.
     """
+    def fit(layer: LoRALinear, total: Statistics) -> tuple[Tensor, Tensor]:
+        if identity_fisher:
+            total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
+            total.output_fisher = torch.ones_like(total.output_fisher)
+        B, A = lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
+                       total.count if n_train is None else n_train, variance=variance,
+                       damping=damping)
+        return _shortened(B, A, layer.weight, scale), A
+
     with _pretrained(model, seed) as layers:
         factors = {}
         for group in _groups(layers, layers_per_pass, (batches, guard)):
             statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
             for name, layer in group.items():
-                total = statistics.pop(name)
-                if identity_fisher:
-                    total.input_moment = torch.eye(layer.in_features).to(total.input_moment)
-                    total.output_fisher = torch.ones_like(total.output_fisher)
-                rows = total.count if n_train is None else n_train
                 with _naming(name):
-                    B, A = lora_da(total.gradient, total.input_moment, total.output_fisher,
-                                   layer.rank, rows, variance=variance, damping=damping)
-                factors[name] = _shortened(B, A, layer.weight, scale), A
+                    factors[name] = fit(layer, statistics.pop(name))
         factor = _guard(model, factors, batches, loss_fn, mask_fn, seed) if guard else 1.0
     return _install(layers, factors, factor)
 
@@ -800,8 +804,9 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
 
     `loss_fn(model, batch)` has to call the model; labels serve the guard, never the fit: without
     labels pass `guard=False`, and it may return anything. `pretrain_batches` give Z_p.
-    `rank_budget` spends that many ranks in all by `allocate_ranks`; left out, ranks stay. For
-    scale, guard, errors, seed and all-or-none see `init_lora_da`.
+    `rank_budget` spends that many ranks in all by `allocate_ranks`; left out, ranks stay. Peak
+    memory as in `init_lora_da`, with a sum of in² and work of 8·in²; a budget keeps factors of up
+    to its rank for all layers. For the rest see `init_lora_da`.
     """
     with _pretrained(model, seed) as layers:
         ranks = {name: layer.rank for name, layer in layers.items()}
@@ -810,14 +815,14 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
             ranks = {name: min(most, *layer.weight.shape) for name, layer in layers.items()}
         factors = {}
         for group in _groups(layers, layers_per_pass, (batches, guard), (pretrain_batches, False)):
-            Z_f, Z_p = ({} if data is None else collect_statistics(
-                model, group, data, loss_fn, backward=False, mask_fn=mask_fn)
-                for data in (batches, pretrain_batches))
+            moments = [collect_statistics(model, group, data, loss_fn, backward=False,
+                                          mask_fn=mask_fn)
+                       for data in (batches, pretrain_batches) if data is not None]
             for name, layer in group.items():
-                Z = Z_f.pop(name).input_moment
-                old = Z_p.pop(name).input_moment if Z_p else None
                 with _naming(name):
-                    factors[name] = cntlora(layer.weight, Z, old, rank=ranks[name], damping=damping)
+                    factors[name] = cntlora(layer.weight, *(m.pop(name).input_moment
+                                                            for m in moments),
+                                            rank=ranks[name], damping=damping)
         if rank_budget is not None:
             spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
             ranks = allocate_ranks(spectra, rank_budget)
