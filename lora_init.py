@@ -258,31 +258,42 @@ def _cholesky(moment: Tensor, damping: float) -> Tensor:
     return L
 
 
-def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> Tensor:
+def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], rank: int, like: Tensor) -> Tensor:
     """Eigenvectors (n, rank) of the `rank` smallest eigenvalues of a symmetric operator.
 
-    `apply` multiplies (n, k) by the operator; `start` is (n, ≥ rank). Up to n = 1024: `eigh`,
-    exact, O(n³). Above: a block Krylov space, spanned by start, Ω start, Ω² start, …, grows until
-    the eigenvectors within it satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖: O(n² m) for m basis vectors. If that
-    has not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all. (A small
+    `apply` multiplies (n, k) by the operator Ω; `like` has n rows. Up to n = 1024: `eigh`, exact,
+    O(n³). Above: a block Krylov space, spanned by random columns X, ΩX, Ω²X, …, grows until the
+    eigenvectors within it satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖: O(n² m) for m basis vectors. If that has
+    not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all. (A small
     residual proves eigenvectors; that they are the lowest rests on the random start.)
     """
-    n = len(start)
+    n, width = len(like), min(rank + 8, len(like))
+    generator = torch.Generator().manual_seed(0)  # a fixed start: same input, same bits
+    start = torch.randn(n, width, generator=generator, dtype=like.dtype).to(like.device)
     block, basis = torch.linalg.qr(start).Q, start[:, :0]
     image = basis  # Ω·basis
     while n > 1024 and basis.shape[1] <= n // 4:
-        basis = torch.cat([basis, block], dim=1)  # (n, m)
-        image = torch.cat([image, apply(block)], dim=1)  # (n, m)
+        for _ in range(2 + basis.shape[1] // (8 * width)):  # grow by an eighth between two looks
+            basis = torch.cat([basis, block], dim=1)  # (n, m)
+            image = torch.cat([image, apply(block)], dim=1)  # (n, m)
+            block = image[:, -width:]
+            for _ in range(2):  # twice: Gram–Schmidt loses orthogonality where much cancels
+                block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
         values, rotation = torch.linalg.eigh(basis.mT @ image)
         vectors = basis @ rotation[:, :rank]  # (n, r)
         residual = image @ rotation[:, :rank] - vectors * values[:rank]
         if residual.norm(dim=0).max() <= 1e-5 * values.abs().max():
             return vectors
-        block = image[:, -block.shape[1]:]
-        for _ in range(2):  # once more: Gram–Schmidt loses orthogonality where much cancels
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-    dense = apply(torch.eye(n, dtype=start.dtype, device=start.device))
+    dense = apply(torch.eye(n).to(like))
     return torch.linalg.eigh((dense + dense.mT) / 2).eigenvectors[:, :rank].clone()
+
+
+def _top_right_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Right singular vectors (in, rank) of the largest singular values, the largest first."""
+    n = matrix.shape[1]
+    if n <= 1024 or rank > n // 32:
+        return torch.linalg.svd(matrix, full_matrices=False).Vh[:rank].mT
+    return _lowest_eigenvectors(lambda V: -matrix.mT @ (matrix @ V), rank, matrix.mT)
 
 
 # ---------------------------------------------------------------------------- 3. the algorithms
@@ -327,8 +338,9 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     factors. The paper writes y = xW, so its A is our Aᵀ.
     If Y = 0 (no gradient arrived) A comes from the variance term alone, and B = 0.
 
-    Cost: in³/3 for the Cholesky factor, 2·out·in² for Δ, then the eigenvectors of Ω (exact up to
-    in = 1024, iterative with a residual check above; see `_lowest_eigenvectors`).
+    Cost: in³/3 for the Cholesky factor, then the eigenvectors of Ω: exact up to in = 1024, about
+    10·in³ with 4·out·in² to form Ω; above, 4·in·(in + out) for each of some hundred basis vectors
+    (see `_lowest_eigenvectors`). Neither Δ nor Ω is formed there.
     Raises ValueError for shapes that do not fit, NaN or Inf, and numbers out of range.
     """
     n_out, n_in = gradient.shape
@@ -342,16 +354,17 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     if not (Y > 0).all():
         raise ValueError(f"output_fisher ({n_out},) is not positive at damping {damping}: raise it")
     L = _cholesky(Z, damping)  # (in, in)
-    delta = -torch.cholesky_solve(G.mT, L).mT / Y[:, None]  # (out, in)
-    weight = variance * (1 / Y).sum() / n_train
+    scaled, weight = G / Y[:, None], variance * (1 / Y).sum() / n_train
 
-    def omega(V: Tensor) -> Tensor:  # Ω V, with Ω never formed; (in, k) → (in, k)
-        return weight * torch.cholesky_solve(V, L) - delta.mT @ (delta @ V)
+    def solve(V: Tensor) -> Tensor:  # Z⁻¹V; cholesky_solve would copy L first, for each V
+        V = torch.linalg.solve_triangular(L, V, upper=False)
+        return torch.linalg.solve_triangular(L.mT, V, upper=True)
 
-    generator = torch.Generator().manual_seed(0)  # a fixed start: same input, same bits
-    start = torch.randn(n_in, min(rank + 8, n_in), generator=generator, dtype=Z.dtype).to(Z.device)
-    A = _lowest_eigenvectors(omega, start, rank).mT  # (r, in)
-    return delta @ A.mT, A
+    def omega(V: Tensor) -> Tensor:  # Ω V = Z⁻¹(weight·I − GᵀY⁻²G Z⁻¹)V; nothing wide is formed
+        return solve(weight * V - scaled.mT @ (scaled @ solve(V)))
+
+    A = _lowest_eigenvectors(omega, rank, Z).mT  # (r, in)
+    return -scaled @ solve(A.mT), A  # Δ = −Y⁻¹ G Z⁻¹
 
 
 @_plain_arithmetic
@@ -429,8 +442,8 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     4. Result: ΔW = W (T − I), a closed form.
     5. Factors: the best of rank r on the data, min ‖(ΔW − BA) L‖_F with L Lᵀ = Z_f, which is
        E‖(ΔW − BA)x‖². By Eckart–Young, from the SVD ΔW L = U Σ Vᵀ:
-       B = U_r Σ_r and A = V_rᵀ L⁻¹. This split whitens what B sees, E[Ax (Ax)ᵀ] = I, and leaves
-       A alive where ΔW = 0; Σ^½ in each would start there at the saddle A = B = 0.
+       B = U_r Σ_r = ΔW L V_r and A = V_rᵀ L⁻¹. This split whitens what B sees, E[Ax (Ax)ᵀ] = I,
+       and leaves A alive where ΔW = 0; Σ^½ in each would start there at the saddle A = B = 0.
 
     Guarantees. With Z_p given, no shift gives ΔW = 0 (test_no_shift_needs_no_change) and, without
     damping, x_f = S x_p with S symmetric positive definite is undone exactly, T = S⁻¹, if
@@ -440,7 +453,8 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     It is blind to labels, and without Z_p it whitens even inputs that did not shift.
 
     `damping` adds damping·mean(diag) to both moments. Moments are not centred: a mean counts too.
-    Cost: a Cholesky and an `eigh` of (in, in), one SVD of (out, in).
+    Cost: two Cholesky factors and an `eigh` of (in, in), about 10·in³, and an SVD of (out, in),
+    above in = 1024 its r vectors alone, as in `_lowest_eigenvectors`.
     Raises ValueError for shapes that do not fit, NaN or Inf, and numbers out of range.
     """
     n_out, n_in = weight.shape
@@ -454,9 +468,9 @@ def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None
     if pretrain_moment is None:
         Z_p = Z_f.diagonal().mean() * torch.eye(n_in).to(Z_f)  # constraint 3
     delta = W @ monge_map(Z_f, Z_p) - W  # (out, in)
-    U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
-    A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)  # (r, in)
-    return U[:, :rank] * S[:rank], A
+    weighted = delta @ L
+    V = _top_right_vectors(weighted, rank)  # (in, r)
+    return weighted @ V, torch.linalg.solve_triangular(L, V.mT, upper=False, left=False)
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
@@ -530,13 +544,13 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
                                  "write x = x + …, not x += …")
         total, rows = sums[name], _rows(x, mask)  # (rows, in)
         if shared[0] is not x or shared[1] != version:
-            shared[:] = x, version, rows.mT @ rows
+            shared[:] = x, version, _lower_gram(rows)
         total.count += len(rows)
         total.input_moment += shared[2]
         if g is not None:
-            g = len(rows) / 1024 * _rows(g, mask)  # (rows, out)
-            total.gradient.addmm_(g.mT, rows)
-            total.output_fisher += g.square().sum(dim=0)
+            g, unit = _rows(g, mask), len(rows) / 1024  # (rows, out)
+            total.gradient.addmm_(g.mT, rows, alpha=unit)
+            total.output_fisher.add_(g.square().sum(dim=0), alpha=unit**2)
 
     def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
         version = _version(x)
@@ -563,6 +577,8 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         for field in ("input_moment", "gradient", "output_fisher")[: 3 if backward else 1]:
             if not _sum_up(getattr(total, field)).div_(total.count).isfinite().all():
                 raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
+        lower = total.input_moment.tril_()
+        lower += lower.tril(-1).mT
     return sums
 
 
@@ -604,6 +620,14 @@ def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     tensor = tensor if mask is None else tensor[mask.to(tensor.device)]
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _lower_gram(rows: Tensor) -> Tensor:
+    """The lower triangle of xᵀx, (in, in), in column panels: of 4 panels ⅝ of the flops."""
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+    for i in range(0, len(gram), 256):
+        gram[i:, i:i + 256].addmm_(rows[:, i:].mT, rows[:, i:i + 256])
+    return gram
 
 
 def _version(x: Tensor) -> int:
@@ -841,8 +865,12 @@ def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Ten
     if scale is None:
         return B
     length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
-    most = scale * torch.linalg.matrix_norm(weight.to(B.dtype), 2)
-    return B * (most / length).clamp_max(1) if length > 0 else B
+    W = weight.to(B.dtype)
+    if min(W.shape) <= 1024:
+        norm = torch.linalg.matrix_norm(W, 2)
+    else:  # a full SVD costs minutes; a randomized one finds 99 % of the norm, and never more
+        norm = torch.svd_lowrank(W, q=16, niter=16)[1][0]
+    return B * (scale * norm / length).clamp_max(1) if length > 0 else B
 
 
 def _groups(layers: dict[str, LoRALinear], size: int | None, *data: tuple[Iterable | None, bool],

@@ -406,28 +406,50 @@ def test_the_variance_term_lowers_the_error_on_few_noisy_rows(damping):
     assert sum(errors[1.0]) < 0.7 * sum(errors[0.0])
 
 
-@pytest.mark.parametrize("spectrum", ["gap", "no gap", "rank 3"])
-def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", ["gap", "no gap", "rank 3", "ill-conditioned", "clustered"])
+def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum, dtype):
     """n = 1100 > 1024, the iterative way: orthonormal, and the trace is the least there is."""
     n, rank = 1100, 5
     p = Problem(n, n, rank, 1.0, torch.Generator().manual_seed(0))
     values = torch.linspace(0, 1, n, dtype=torch.float64)
-    values[:rank] -= 1.0 if spectrum == "gap" else 0.0
-    if spectrum == "rank 3":  # as for a gradient of few rows: the Krylov space ends early
+    if spectrum == "gap":
+        values[:rank] -= 1.0
+    elif spectrum == "rank 3":  # as for a gradient of few rows: the Krylov space ends early
         values = torch.cat([torch.tensor([-3.0, -2.0, -1.0]), torch.zeros(n - 3)]).double()
-    Q = p.orthogonal(n)
-    calls = []
+    elif spectrum == "ill-conditioned":  # eleven decades, the lowest well apart
+        values = -torch.logspace(0, -11, n, dtype=torch.float64, base=10) ** 4
+    elif spectrum == "clustered":  # five equal eigenvalues: any basis of their space will do
+        values = torch.cat([-torch.ones(rank), torch.linspace(-0.5, 0, n - rank)]).double()
+    Q, calls = p.orthogonal(n), []
 
     def apply(V: Tensor) -> Tensor:
         calls.append(V.shape[1])
-        return (Q * values) @ (Q.mT @ V)
+        return ((Q * values) @ (Q.mT @ V.double())).to(dtype)
 
-    V = lora_init._lowest_eigenvectors(apply, p.normal(n, rank + 8), rank)
+    V = lora_init._lowest_eigenvectors(apply, rank, Q.to(dtype)).double()
     assert (n in calls) == (spectrum == "no gap")  # the exact way after all
-    assert near(V.mT @ V, eye(rank))
-    assert abs((V.mT @ apply(V)).trace() - values[:rank].sum()) < 1e-6
-    if spectrum == "gap":
-        assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-4)
+    assert near(V.mT @ V, eye(rank), 1e-5)
+    assert abs((values * (Q.mT @ V).square().sum(dim=1)).sum() - values[:rank].sum()) < 1e-5
+    if spectrum not in ("no gap", "rank 3"):
+        assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-3)
+
+
+def test_wide_layers_get_the_singular_vectors_of_the_svd():
+    """in = 1100, out = 1050: CNTLoRA's factors and the scale's norm, against full SVDs."""
+    p = Problem(1050, 1100, 3, 1e2, torch.Generator().manual_seed(0))
+    W, Z_p = p.normal(1050, 1100).float(), p.spd(1100)
+    S = eye(1100) + p.normal(1100, 3) @ p.normal(3, 1100) / 300
+    Z_f = (S @ Z_p @ S.mT).float()
+    B, A = cntlora(W, Z_f, Z_p.float(), rank=3, damping=0.1)
+    damped = [Z.double() + 0.1 * Z.double().diagonal().mean() * eye(1100) for Z in (Z_f, Z_p)]
+    L = torch.linalg.cholesky(damped[0])
+    weighted = W.double() @ (monge_map(*damped) - eye(1100)) @ L
+    left = (weighted - B.double() @ (A.double() @ L)).norm()
+    assert left <= 1.0001 * torch.linalg.svdvals(weighted)[3:].norm()
+    norm, length = (torch.linalg.matrix_norm(M, 2) for M in (W, B @ A))
+    shortened = lora_init._shortened(B, A, W, (0.5 * length / norm).item())
+    assert 0.98 * 0.5 <= (shortened.norm() / B.norm()) <= 0.5
 
 
 def test_the_functions_take_keywords():
@@ -764,7 +786,7 @@ def test_a_shared_input_is_multiplied_once():
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            if function is torch.ops.aten.mm.default and result.shape[0] == args[1].shape[1]:
+            if function is torch.ops.aten.addmm_.default:
                 products.append(result.shape)
             return result
 
@@ -773,6 +795,18 @@ def test_a_shared_input_is_multiplied_once():
                                     lambda m, b: m(b[0]), backward=False)
     assert torch.equal(actual["q"].input_moment, actual["k"].input_moment)
     assert sorted(products) == [(3, 3), (4, 4), (4, 4), (4, 4)]
+
+
+def test_wide_inputs_have_their_whole_moment():
+    """Z = xᵀx / n and G = gᵀx / n where the products are taken in panels: in = 600 > 2·256."""
+    p = Problem(5, 600, 2, 1.0, torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(600, 5, bias=False)).double()
+    x, w = p.normal(7, 600), p.normal(5)
+    add_lora(model, 2)
+    total = collect(model, [x[:3], x[3:]], lambda m, x: (m(x).square() @ w).mean())["0"]
+    g = 2 * (x @ model[0].weight.mT) * w
+    assert near(total.input_moment, x.mT @ x / 7) and near(total.gradient, g.mT @ x / 7)
+    assert near(total.output_fisher, g.square().mean(dim=0))
 
 
 def test_an_input_changed_between_two_layers_is_not_taken_for_shared():
