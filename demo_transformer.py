@@ -14,6 +14,7 @@ import copy
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,10 +23,12 @@ import sys
 import sysconfig
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
+os.environ["KINETO_LOG_LEVEL"] = "6"  # or the profiler, asked for the peak memory, chats
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
@@ -323,7 +326,22 @@ class Run:
     steps: int
     init_seconds: float
     init_steps: float
+    init_peak: float
     trainable: int
+
+
+def peak_megabytes(call: Callable[[], None], device: str) -> float:
+    """The most that the call held in tensors at a time."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
 def fine_tune(model: nn.Module, batches: list[Tensor], lr: float, held_out: list[Tensor],
@@ -348,9 +366,9 @@ def compare(args: Args, base: Transformer, finetune: dict[str, Tensor], pretrain
     new = finetune["train"][: args.finetune_bytes]
     data = [draw(new, args.steps, shape, 100 + seed, args.device) for seed in range(args.seeds)]
     none = evaluate(base, held_out)
-    runs = [Run("none", False, 0.0, 0, none, none, 0, 0.0, 0.0, 0)]
+    runs = [Run("none", False, 0.0, 0, none, none, 0, 0.0, 0.0, 0.0, 0)]
     curves: dict[tuple, list] = {("none", False, 0.0, 0): [(0, none)]}
-    changes, starts = {}, {}
+    changes, starts, peaks = {}, {}, {}
     methods, rates = args.methods.split(","), [float(rate) for rate in args.rates.split(",")]
     full_rates = [float(rate) for rate in args.full_rates.split(",")]
     total = args.seeds * (len(full_rates) + 2 * len(rates) * len(methods))
@@ -364,6 +382,9 @@ def compare(args: Args, base: Transformer, finetune: dict[str, Tensor], pretrain
                 start(method, model, data[seed], old, args, seed)
                 starts[method, seed] = {n: m.lora_A.detach() for n, m in lora_layers(model).items()}
             init_seconds = time.perf_counter() - began
+            if method not in peaks:  # on a copy, as measuring takes time
+                peaks[method] = 0.0 if method == "full" else peak_megabytes(partial(
+                    start, method, copy.deepcopy(model), data[seed], old, args, seed), args.device)
             done = args.preheat_steps if method == "hrp" else 0
             jobs = ([(False, lr) for lr in full_rates] if method == "full" else
                     [(freeze, lr) for freeze in (True, False) for lr in rates])
@@ -374,7 +395,7 @@ def compare(args: Args, base: Transformer, finetune: dict[str, Tensor], pretrain
                 curve, seconds = fine_tune(tuned, data[seed], lr, held_out, done)
                 trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
                 runs.append(Run(method, freeze, lr, seed, curve[0][1], curve[-1][1], args.steps,
-                                init_seconds, init_seconds / seconds, trainable))
+                                init_seconds, init_seconds / seconds, peaks[method], trainable))
                 curves[method, freeze, lr, seed] = curve
                 if method == "full":
                     changes[lr, seed] = {
@@ -474,7 +495,7 @@ def report(runs: list[Run], curves: dict, captures: dict, args: Args) -> None:
         print(f"\nA {'frozen' if freeze else 'trained'}, rank {args.rank}, {args.steps} steps, "
               f"seeds: {args.seeds}; held-out loss in nats per byte")
         print(f"{'method':<17}{'start':>7}{'end':>8} ± {'sd':<7}{'rate':>7} {'to LoRA':>8}"
-              f"{'init':>9}{'= steps':>9}{'trainable':>11}")
+              f"{'init':>9}{'= steps':>9}{'peak':>8}{'trainable':>11}")
         for row in rows.values():
             reached = [step for step, loss in mean_curve(row, curves) if lora and loss <= lora.mean]
             mean = {k: statistics.fmean(getattr(r, k) for r in row.runs)
@@ -483,6 +504,7 @@ def report(runs: list[Run], curves: dict, captures: dict, args: Args) -> None:
             print(f"{row.method:<17}{mean['loss_start']:7.3f}{row.mean:8.4f} ± {sd:<7}"
                   f"{row.lr:7g}{'!' if row.at_end else ' '}{reached[0] if reached else '–':>8}"
                   f"{mean['init_seconds']:7.2f} s{mean['init_steps']:9.1f}"
+                  f"{row.runs[0].init_peak:5.0f} MB"
                   f"{row.runs[0].trainable:11,}")
         if any(row.at_end for row in rows.values()):
             print("! the best rate lies at an end of the sweep: widen --rates")

@@ -31,6 +31,7 @@ import math
 import operator
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -414,11 +415,15 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     test_the_monge_map_carries_one_moment_to_the_other, test_no_other_map_moves_less.
     Raises ValueError where Z_f is not positive definite. Cost: one `eigh` of (in, in).
     """
-    L = _cholesky(Z_f, 0.0)
-    values, vectors = torch.linalg.eigh(L.mT @ Z_p @ L)
+    n = len(Z_f)
+    Z_f, Z_p = _check_tensors(0.0, Z_f=(Z_f, (n, n)), Z_p=(Z_p, (n, n)))
+    size_f, size_p = (Z.diagonal().mean() + torch.finfo(Z.dtype).tiny for Z in (Z_f, Z_p))
+    L = _cholesky(Z_f / size_f, 0.0)  # of size 1, as the product below could overflow
+    values, vectors = torch.linalg.eigh(L.mT @ (Z_p / size_p) @ L)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT  # (Lᵀ Z_p L)^½
     T = torch.linalg.solve_triangular(L.mT, root, upper=True)
-    return torch.linalg.solve_triangular(L, T, upper=False, left=False)
+    T = torch.linalg.solve_triangular(L, T, upper=False, left=False)
+    return size_p.sqrt() / size_f.sqrt() * T
 
 
 @_plain_arithmetic
@@ -481,8 +486,12 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     yet taken, which is optimal because the sum of what is left separates over layers
     (test_no_swap_of_a_rank_does_better). Returns {name: rank}, summing to `budget`.
 
-    Raises ValueError for a budget below the number of layers or above the number of values.
+    Raises ValueError for NaN or Inf, and for a budget below the number of layers or above the
+    number of values.
     """
+    for name, spectrum in spectra.items():
+        if not spectrum.isfinite().all():
+            raise ValueError(f"layer '{name}': its spectrum holds NaN or Inf")
     most = sum(len(spectrum) for spectrum in spectra.values())
     if not len(spectra) <= budget <= most:
         raise ValueError(f"budget {budget} is not in {len(spectra)}..{most}: 1 a layer at least, "
@@ -635,6 +644,9 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+_ONE_AT_A_TIME = threading.RLock()  # the random state that _pretrained restores is the process's
+
+
 @contextmanager
 def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str, LoRALinear]]:
     """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
@@ -650,7 +662,7 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
     devices = range(torch.cuda.device_count())
-    with torch.inference_mode(False), torch.random.fork_rng(devices):
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.random.fork_rng(devices):
         try:
             if seed is not None:
                 torch.manual_seed(seed)
@@ -813,7 +825,8 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
         factors = {}
         for name, layer in layers.items():
             if not layer.lora_B.any():
-                raise ValueError(f"layer '{name}' got no gradient in preheating: target others")
+                raise ValueError(f"layer '{name}' got no gradient in preheating, or one that "
+                                 "overflowed: target others, or scale the loss")
             with _naming(name):
                 factors[name] = hrp(layer.lora_B, layer.lora_A, ranks[name])
     return _install(layers, factors, 1.0)
@@ -866,10 +879,13 @@ def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Ten
         return B
     length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
     W = weight.to(B.dtype)
-    if min(W.shape) <= 1024:
-        norm = torch.linalg.matrix_norm(W, 2)
-    else:  # a full SVD costs minutes; a randomized one finds 99 % of the norm, and never more
-        norm = torch.svd_lowrank(W, q=16, niter=16)[1][0]
+    if min(W.shape) > 1024:  # 16 steps find 99 % of the norm, never more; an SVD costs minutes
+        generator = torch.Generator().manual_seed(0)
+        V = torch.randn(W.shape[1], 16, generator=generator, dtype=W.dtype).to(W.device)
+        for _ in range(16):
+            V = torch.linalg.qr(W.mT @ (W @ V)).Q
+        W = W @ V
+    norm = torch.linalg.matrix_norm(W, 2)
     return B * (scale * norm / length).clamp_max(1) if length > 0 else B
 
 

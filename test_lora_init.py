@@ -14,10 +14,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -1255,6 +1259,252 @@ def test_the_peak_memory_is_what_is_documented(init, widths):
         peaks.append(peak_floats(call))
         assert 0.9 * formula < peaks[-1] < 1.1 * formula
     assert peaks[0] > peaks[1] >= peaks[2]
+
+
+# ---------------------------------------------------------------------------- unbreakable
+
+
+@given(problems(smallest=2), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+def test_nan_and_inf_in_any_argument_are_named(p, bad, data):
+    G, Z, Y = p.normal(p.n_out, p.n_in), p.spd(p.n_in), p.positive(p.n_out)
+    B_high, A_high = p.normal(p.n_out, p.rank), p.normal(p.rank, p.n_in)
+    for call, tensors in (
+            (partial(lora_da, rank=p.rank, n_train=9),
+             {"gradient": G, "input_moment": Z, "output_fisher": Y}),
+            (partial(hrp, rank=p.rank), {"B_high": B_high, "A_high": A_high}),
+            (monge_map, {"Z_f": Z, "Z_p": 2 * Z}),
+            (partial(cntlora, rank=p.rank),
+             {"weight": G, "input_moment": Z, "pretrain_moment": 2 * Z}),
+            (lambda x: allocate_ranks({"x": x}, 1), {"x": Y})):
+        assert call(**tensors) is not None
+        for name, tensor in tensors.items():
+            spoilt = tensor.clone()
+            spoilt.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = bad
+            with pytest.raises(ValueError, match=f"{name}.* holds NaN or Inf"):
+                call(**{**tensors, name: spoilt})
+
+
+def plain_net(*widths: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+
+
+def square_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) / batch.abs().max().clamp_min(1e-30)).square().mean()
+
+
+X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+INPUTS = {
+    "1e-12": 1e-12 * X, "1e+12": 1e12 * X, "outliers": torch.cat([1e4 * X[:, :2], X], dim=1),
+    "constant": torch.ones(12, 6), "duplicates": X[:, [0, 0, 0, 1, 1, 2]], "one row": X[:1],
+    "same row": X[:1].expand(12, 6), "strided": X.repeat(1, 2)[:, ::2], "transposed": X.T.clone().T,
+    "1-D": X[0], "3-D": X.view(3, 4, 6), "4-D": X.view(1, 3, 4, 6), "one feature": X[:, :1],
+    "float16": X.half(), "bfloat16": X.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("n_out", [1, 5])
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("init", INITS)
+def test_any_input_gives_finite_factors_and_no_worse_a_start(init, name, n_out):
+    """At the rank's limit too; AAᵀ = I for LoRA-DA and HRP; the base weights stay bit for bit."""
+    x = INPUTS[name]
+    for rank in {1, min(x.shape[-1], n_out)}:
+        model = plain_net(x.shape[-1], n_out).to(x.dtype)
+        model[0].bias.data.zero_()  # which would drown inputs of 1e-12
+        weight = model[0].weight.clone()
+        before = square_loss(model, x).item()
+        (layer,) = add_lora(model, rank).values()
+        init(model, [x, x], square_loss)
+        A, B = layer.lora_A, layer.lora_B
+        assert A.isfinite().all() and B.isfinite().all() and A.abs().sum() > 0
+        assert square_loss(model, x).item() <= before * (1 + 1e-6)
+        assert torch.equal(layer.weight, weight)
+        if init is not init_cntlora:
+            assert near(A @ A.mT, torch.eye(rank), 1e-4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_inputs_of_zero_are_refused_by_name_and_nothing_changes(init):
+    model = plain_net(6, 5)
+    add_lora(model, 2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer '0'.*(not positive|no gradient)"):
+        init(model, [0 * X], lambda model, x: model(x).square().mean())
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("leading", [(12,), (3, 4), (2, 3, 2), (2, 1, 2, 3)])
+def test_leading_dimensions_and_strides_change_no_statistic(leading):
+    """Rows are rows: in any shape, however they lie in memory, and one at a time."""
+    model = plain_net(6, 5, 4).double()
+    layers, x = add_lora(model, 2), X.double()
+
+    def loss_fn(model, batch):
+        return model(batch).square().mean()
+
+    plain = collect_statistics(model, layers, [x], loss_fn)
+    shaped = x.view(*leading, 6).transpose(0, len(leading) - 1)
+    for batches in ([shaped], list(x), [torch.stack([x, x], dim=-1)[..., 0]]):
+        other = collect_statistics(model, layers, batches, loss_fn)
+        for name, total in plain.items():
+            assert other[name].count == total.count
+            for field in ("input_moment", "gradient", "output_fisher"):
+                assert near(getattr(other[name], field), getattr(total, field))
+
+
+@pytest.mark.parametrize("call", [collect, *INITS])
+def test_an_endless_source_is_refused_or_can_be_interrupted(call):
+    model, calls = trained_net(), []
+    before, endless = snapshot(model), itertools.cycle([rows_of_data(4)])
+
+    def interrupted_loss(model, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return mean_loss(model, batch)
+
+    with pytest.raises((KeyboardInterrupt, ValueError)) as raised:
+        call(model, endless, interrupted_loss)
+    assert same(before, snapshot(model))
+    assert (len(calls) == 5) == (call in (collect, init_hrp)) == (raised.type is KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_compiled_model_starts_where_the_plain_one_does(init):
+    batches = batched(rows_of_data(12), [6, 6])
+    for warm in (False, True):
+        plain, model = net().eval(), net().eval()
+        compiled = torch.compile(model, backend="eager")
+        if warm:
+            compiled(batches[0][0])
+        assert init(compiled, batches, mean_loss) == init(plain, batches, mean_loss)
+        assert all(near(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+        assert near(compiled(batches[0][0]), plain(batches[0][0]))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("duplicate", [
+    copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
+    lambda model: (fresh := net(9), fresh.load_state_dict(model.state_dict()))[0]])
+def test_copies_pickles_and_state_dicts_are_the_same_function_and_apart(duplicate):
+    model, x = net().eval(), rows_of_data(5)[0]
+    copied = duplicate(model).eval()
+    assert near(copied(x), model(x), 1e-12)
+    expected = model(x)
+    init_lora_da(copied, [rows_of_data(9)], mean_loss)
+    assert torch.equal(model(x), expected) and not torch.equal(copied(x), expected)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_two_threads_find_what_each_would_find_alone(init):
+    batches = batched(rows_of_data(12), [4, 4, 4])
+    expected = {seed: net(seed) for seed in range(4)}
+    for seed, model in expected.items():
+        init(model, batches, mean_loss, seed=seed)
+    models = {seed: net(seed) for seed in range(4)}
+    torch.manual_seed(7)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: init(models[seed], batches, mean_loss, seed=seed), range(4)))
+    after = torch.rand(1)
+    assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(7)))
+    for seed, model in models.items():
+        assert same(list(model.parameters()), list(expected[seed].parameters()))
+
+
+class Life(RuleBasedStateMachine):
+    """Add, start, train, fail, save, load and merge in any order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = Net().double().eval()
+        self.base = {name: t.clone() for name, t in self.model.state_dict().items()}
+        self.batches = batched(rows_of_data(12), [5, 7])
+
+    def adapted(self) -> bool:
+        return bool(lora_layers(self.model))
+
+    @rule(rank=st.integers(1, 3), alpha=st.sampled_from([None, 0.5, 16]),
+          name=st.sampled_from(["q", "k", "twice", "head"]))
+    def add(self, rank, alpha, name):
+        before = self.model(self.batches[0][0])
+        if name in lora_layers(self.model):
+            with pytest.raises(TypeError, match=f"'{name}' is LoRALinear"):
+                add_lora(self.model, rank, alpha, targets=name)
+        else:
+            add_lora(self.model, rank, alpha, targets=name)
+        assert torch.equal(self.model(self.batches[0][0]), before)
+
+    @precondition(adapted)
+    @rule(init=st.sampled_from(INITS), seed=st.integers(0, 3), per_pass=st.sampled_from([None, 1]))
+    def start(self, init, seed, per_pass):
+        kwargs = {} if init is init_hrp else {"layers_per_pass": per_pass}
+        init(self.model, self.batches, mean_loss, seed=seed, **kwargs)
+        plain = Net().double().eval()
+        plain.load_state_dict(self.base)
+        loss, pretrained = (sum(len(batch[0]) * mean_loss(model, batch) for batch in self.batches)
+                            for model in (self.model, plain))
+        assert loss <= pretrained + 1e-12
+
+    @precondition(adapted)
+    @rule(init=st.sampled_from(INITS), number=st.integers(1, 5), kind=st.sampled_from(
+        ["raises", "nan", "vector", "detached"]))
+    def fail(self, init, number, kind):
+        before, calls = snapshot(self.model), []
+
+        def bad_loss(model, batch):
+            calls.append(1)
+            loss = mean_loss(model, batch)
+            if len(calls) != number:
+                return loss
+            if kind == "raises":
+                raise ArithmeticError
+            return {"nan": loss * math.nan, "vector": loss * torch.ones(2),
+                    "detached": loss.detach()}[kind]
+
+        try:
+            init(self.model, self.batches, bad_loss)
+        except (ArithmeticError, ValueError):
+            assert same(before, snapshot(self.model))
+
+    @precondition(adapted)
+    @rule(lr=st.sampled_from([1e-3, 0.1]))
+    def train(self, lr):
+        optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr)
+        optimizer.zero_grad()
+        mean_loss(self.model, self.batches[0]).backward()
+        optimizer.step()
+
+    @precondition(adapted)
+    @rule(fresh=st.booleans())
+    def save_and_load(self, fresh):
+        expected = self.model(self.batches[0][0])
+        with tempfile.TemporaryDirectory() as folder:
+            save_peft(self.model, folder)
+            if fresh:
+                self.model = Net().double().eval()
+                self.model.load_state_dict(self.base)
+            load_peft(self.model, folder)
+        assert torch.equal(self.model(self.batches[0][0]), expected)
+
+    @precondition(adapted)
+    @rule()
+    def merge(self):
+        expected = self.model(self.batches[0][0])
+        merged = merge_lora(copy.deepcopy(self.model))
+        assert near(merged(self.batches[0][0]), expected) and not lora_layers(merged)
+
+    @invariant()
+    def base_weights_are_bit_identical(self):
+        state = self.model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in self.base.items())
+        assert {n for n, p in self.model.named_parameters() if p.requires_grad} <= {
+            n for n in state if "lora_" in n} or not self.adapted()
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
 
 
 # ---------------------------------------------------------------------------- two processes
