@@ -7,6 +7,7 @@ everything is linear, the best answer is known and each claim of the papers can 
 
 import argparse
 import importlib
+import math
 import statistics
 import textwrap
 import time
@@ -15,9 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_init import allocate_ranks, cntlora, hrp, lora_da
+from lora_init import (
+    LoRALinear,
+    Statistics,
+    add_lora,
+    allocate_ranks,
+    cntlora,
+    collect_statistics,
+    hrp,
+    lora_da,
+)
 
 torch.set_default_dtype(torch.float64)
 
@@ -218,33 +228,144 @@ def plot(scenes: list[Scene], file: str) -> None:
     figure.savefig(file, dpi=120)
 
 
-def growth(widths: list[int]) -> None:
-    """Seconds of each pure function against the width, and × one matrix product of that size."""
+# ------------------------------------------------------------------------------ costs
+
+
+def seconds(*calls: Callable[[], object], repeat: int = 1) -> list[float]:
+    """The shortest time of each call; they take turns, so that all meet the same noise."""
+    best = [math.inf] * len(calls)
+    for _ in range(repeat):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - begin)
+    return best
+
+
+def growth(n: int) -> None:
+    """Seconds of each pure function at width n, and how many times longer the plain way takes."""
+    x = torch.randn(2 * n, n) * torch.arange(1.0, n + 1).rsqrt()
+    W, Z, Y = torch.randn(n, n), x.mT @ x / len(x), torch.ones(n)
+    G = torch.randn(n, 64) @ torch.randn(64, n) @ Z  # a change of rank 64
+    B, A = torch.randn(n, 128), torch.randn(128, n)
+    product, *ours = seconds(
+        partial(torch.mm, W, Z), partial(lora_da, G, Z, Y, 8, 10**6), partial(hrp, B, A, 8),
+        partial(cntlora, W, Z, rank=8), repeat=3 if n < 4096 else 1)
+    plain = seconds(lambda: torch.linalg.eigh(Z), lambda: torch.linalg.svd(B @ A))
+    print(f"{n:5}{product:9.4f} s" + "".join(
+        f"{mine:10.3f} s{theirs / mine:6.1f}×" for mine, theirs in zip(ours, plain))
+        + f"{ours[2]:9.2f} s")
+
+
+def spectrum(name: str, values: Tensor) -> None:
+    """lora_da on Z with these eigenvalues and G = 0, so that Ω ∝ Z⁻¹ is the variance alone."""
+    n = len(values)
+    Q, G, Y = torch.linalg.qr(torch.randn(n, n)).Q, torch.zeros(n, n), torch.ones(n)
+    Z = (Q * values) @ Q.mT
+    mine, theirs = seconds(lambda: lora_da(G, Z, Y, 8, 1), lambda: torch.linalg.eigh(Z), repeat=3)
+    _, A = lora_da(G, Z, Y, 8, 1)
+    sine = torch.linalg.matrix_norm(A.mT - Q[:, :8] @ (Q[:, :8].mT @ A.mT), 2)
+    inverse = 1 / (values + 0.1 * values.mean())  # the eigenvalues of Ω, but for a factor
+    gap = (inverse[8] - inverse[7]) / inverse.max()
+    print(f"{name:<22}{gap:8.0e}{theirs / mine:8.1f}×{sine:10.0e}")
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm_1(x)
+        q, k, v = (project(h).unflatten(2, (-1, 64)).transpose(1, 2)
+                   for project in (self.q, self.k, self.v))  # (n, heads, t, 64)
+        h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(h.transpose(1, 2).flatten(2))
+        h = self.norm_2(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def breakdown(layers: int, vocabulary: int, repeat: int) -> None:
+    """Where the time of `init_lora_da` goes on a model of Llama's shape."""
+    width, sequences = 512, torch.randint(vocabulary, (64, 129))
+    model = nn.Sequential(
+        nn.Embedding(vocabulary, width), *(LlamaBlock(width) for _ in range(layers)),
+        nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)).requires_grad_(False)
+    batches, head = sequences.split(8), str(len(model) - 1)
+    adapters = add_lora(model, 8, targets=lambda name: name != head)
+
+    def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
+        logits = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def forward() -> None:
+        for tokens in batches:
+            loss_fn(model, tokens)
+
+    def backward() -> None:  # of activations: from the loss down to the first block's input
+        for tokens in batches:
+            loss_fn(lambda t: model[1:](model[0](t).requires_grad_()), tokens).backward()
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapters.values():
+        layer.scaling = 0.0  # off, as while the statistics are taken
+    total: dict[str, Statistics] = {}
+    times = dict(zip(("forward", "both", "moments", "all"), seconds(
+        forward, backward, lambda: collect_statistics(model, adapters, batches, loss_fn,
+                                                      backward=False),
+        lambda: total.update(collect_statistics(model, adapters, batches, loss_fn)),
+        repeat=repeat)))
+    factors, = seconds(lambda: [lora_da(t.gradient, t.input_moment, t.output_fisher, 8, t.count)
+                                for t in total.values()])
+    print(f"\nLlama's shape: {layers} blocks of width {width}, {vocabulary:,} tokens, 64 sequences "
+          f"of 128;\n× is in forward and backward passes of activations, shortest of {repeat}")
+    for name, value in (
+            ("forward", times["forward"]), ("backward", times["both"] - times["forward"]),
+            ("Z", times["moments"] - times["forward"]),
+            ("G and Y", times["all"] - times["both"] - times["moments"] + times["forward"]),
+            ("collect_statistics", times["all"]), (f"{len(adapters)} × lora_da", factors),
+            ("guard, 2 passes", 2 * times["forward"])):
+        print(f"{name:<20}{value:8.2f} s{value / times['both']:8.2f}×")
+
+
+def layer(rows: int, n_in: int, n_out: int, rank: int, repeat: int) -> None:
+    """LoRALinear, forward and backward, × its three products, and × PEFT's layer if installed."""
+    x, g = torch.randn(rows, n_in, requires_grad=True), torch.randn(rows, n_out)
+    A, B = (torch.randn(*shape, requires_grad=True) for shape in ((rank, n_in), (n_out, rank)))
+    frozen = nn.Linear(n_in, n_out).requires_grad_(False)
+    ours = LoRALinear(nn.Linear(n_in, n_out), rank)
+    calls = [lambda: ours(x).backward(g), lambda: (
+        frozen(x).backward(g), nn.functional.linear(x @ A.mT, B).backward(g))]
+    if importlib.util.find_spec("peft"):
+        peft = importlib.import_module("peft")
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+        theirs = peft.get_peft_model(nn.Sequential(nn.Linear(n_in, n_out)), config)
+        calls.append(lambda: theirs(x).backward(g))
+    mine, *others = seconds(*calls, repeat=repeat)
+    print(f"{rows} rows, {n_in} → {n_out}, r = {rank}".ljust(32) + f"{1e3 * mine:7.1f} ms"
+          + "".join(f"{mine / other:9.2f}×" for other in others))
+
+
+def costs(fast: bool) -> None:
     torch.set_default_dtype(torch.float32)
-
-    def seconds(call: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
-
-    print(f"{'width':>5}{'product':>10}{'lora_da':>16}{'hrp, R = 128':>16}{'cntlora':>16}"
-          f"{'residual':>11}")
-    for n in widths:
-        x = torch.randn(2 * n, n) * torch.arange(1.0, n + 1).rsqrt()
-        W, Z, Y = torch.randn(n, n), x.mT @ x / len(x), torch.ones(n)
-        G = torch.randn(n, 64) @ torch.randn(64, n) @ Z  # a change of rank 64
-        high = torch.randn(n, 128), torch.randn(128, n)
-        calls = (partial(lora_da, G, Z, Y, 8, 10**6), partial(hrp, *high, 8),
-                 partial(cntlora, W, Z, rank=8))
-        unit = statistics.median(seconds(partial(torch.mm, W, Z)) for _ in range(5))
-        costs = [seconds(call) for call in calls]
-        _, A = calls[0]()
-        Z_damped = Z + 0.1 * Z.diagonal().mean() * torch.eye(n)
-        delta = torch.linalg.solve(Z_damped, G.mT).mT / 1.1
-        image = n / 1.1e6 * torch.linalg.solve(Z_damped, A.mT) - delta.mT @ (delta @ A.mT)  # Ω Aᵀ
-        residual = (image - A.mT @ (A @ image)).norm() / image.norm()
-        print(f"{n:5}{unit:9.4f}s" + "".join(f"{c:7.2f}s ×{c / unit:<7.2g}" for c in costs)
-              + f"{residual:9.0e}")
+    print("width   product           lora_da    eigh      hrp, R = 128     SVD    cntlora")
+    for n in [256, 512, 1024] if fast else [256, 512, 1024, 2048, 4096]:
+        growth(n)
+    n = 512 if fast else 2048
+    print(f"\nΩ ∝ Z⁻¹ at width {n}, r = 8\neigenvalues of Z            gap    eigh      sine")
+    spectrum("8 strong, the rest 1", torch.cat([torch.linspace(1e3, 1e2, 8), torch.ones(n - 8)]))
+    spectrum("1 / k", 1 / torch.arange(1.0, n + 1))
+    spectrum("1 to 0.01, evenly", torch.linspace(1, 0.01, n))
+    print("\nLoRALinear, forward, backward                 / 3 products   / PEFT's")
+    for shape in ((512, 1024, 1024, 8), (4096, 512, 512, 16), (512, 1024, 4096, 64)):
+        layer(*shape, repeat=3 if fast else 40)
+    for vocabulary in [500] if fast else [32000, 500]:
+        breakdown(1 if fast else 4, vocabulary, 1 if fast else 5)
 
 
 def main() -> None:
@@ -252,13 +373,13 @@ def main() -> None:
     parser.add_argument("--scene", type=int, choices=(1, 2, 3, 4), help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--plot", default="", help="draw to this file (needs matplotlib)")
-    parser.add_argument("--scale", action="store_true", help="cost against width, 256 to 4096")
-    parser.add_argument("--fast", action="store_true", help="--scale up to 1024 only")
+    parser.add_argument("--scale", action="store_true", help="what all of it costs")
+    parser.add_argument("--fast", action="store_true", help="a small --scale")
     args = parser.parse_args()
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if args.scale:
-        return growth([256, 512, 1024] if args.fast else [256, 512, 1024, 2048, 4096])
+        return costs(args.fast)
     scenes = []
     for number, scene in enumerate(SCENES, 1):
         if args.scene in (None, number):

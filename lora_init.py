@@ -14,8 +14,9 @@ LoRA fine-tunes a frozen weight W through two thin factors:   y = W x + b + s·B
     hrp         a short training;     that training;              at A = main directions, B = 0
     cntlora     inputs, no labels;    one forward pass;           where the output moments match
 
-Read in order and stop after any part: layer, linear algebra, the three algorithms, statistics,
-model-level calls. One orientation holds throughout, PyTorch's: rows of A live in input space.
+Read in order and stop after any part: layer, linear algebra, the three algorithms (here ends the
+mathematics), statistics, whole models, saving. One orientation holds throughout, PyTorch's: rows
+of A live in input space.
 
 [1] LoRA, arXiv 2106.09685.                     [2] LoRA-DA, arXiv 2510.24561 v3.
 [3] High-Rank Preheating, arXiv 2502.07739 v3.  [4] ConsNoTrainLoRA, arXiv 2507.08044.
@@ -525,17 +526,20 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     `loss_fn(model, batch)` returns the MEAN −log p over rows, so a row's g is the gradient at the
     layer's output times the number of rows in that call: as long as a layer sees the rows that the
     loss averages, results do not depend on how they are batched. A layer called twice sees twice
-    the rows. `mask_fn(batch)`, bool, of the input's leading shape, is True where a row counts.
-    With `backward=False` only Z is taken, without gradients, and any return value will do.
+    the rows. `mask_fn(batch)`, bool, of the input's leading shape, is True where a row counts; or
+    it returns a dict of such masks by layer name, None where every row counts. `batches` has to
+    end. With `backward=False` only Z is taken, without gradients, and any return value will do.
 
     How: a forward hook keeps x for a hook on the gradient of y; there both are in hand. Nothing is
     trained, so no weight's gradient exists. A row that activation checkpointing computes twice is
     counted once, as its gradient arrives once. Layers that share an input tensor (q, k, v) share
-    its product xᵀx. Sums are in float32 at least.
+    its product xᵀx, of which only a triangle is computed. Sums are in float32 at least. In several
+    processes each passes its own batches, and all get the means over the rows of all.
 
-    Cost: one forward and one backward pass of activations, plus 2·rows·in·(in + out) flops;
-    memory in² + out·in + out floats a layer, and one batch of inputs. Leaves no trace: modes,
-    requires_grad, .grad, adapters, hooks and the random state are as before, also after an error.
+    Cost: one forward and one backward pass of activations, plus 2·rows·in·out flops for G and
+    about 1.2·rows·in² for Z; memory in² + out·in + out floats a layer, and one batch of inputs.
+    Leaves no trace: modes, requires_grad, .grad, adapters, hooks and the random state are as
+    before, also after an error.
 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
@@ -577,17 +581,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
             loss = loss_fn(model, batch)
             if backward:  # times 1024, which is exact: in half precision small g's survive
                 _checked(loss, number).backward(torch.full_like(loss, 1024))
-    counts = _gathered({name: total.count for name, total in sums.items()})
-    for name, total in sums.items():
-        total.count = sum(count[name] for count in counts)
-        if total.count == 0:
-            raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
-                             "under no_grad, all masked, or in a reentrant checkpoint")
-        for field in ("input_moment", "gradient", "output_fisher")[: 3 if backward else 1]:
-            if not _sum_up(getattr(total, field)).div_(total.count).isfinite().all():
-                raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
-        lower = total.input_moment.tril_()
-        lower += lower.tril(-1).mT
+    _average(sums)
     return sums
 
 
@@ -597,6 +591,22 @@ def _zeros(layer: nn.Linear, backward: bool) -> Statistics:
                               dtype=torch.promote_types(layer.weight.dtype, torch.float32))
     more = (zeros(n_out, n_in), zeros(n_out)) if backward else ()
     return Statistics(0, zeros(n_in, n_in), *more)
+
+
+def _average(sums: dict[str, Statistics]) -> None:
+    """From sums of each process, Z's upper triangle missing, to means over all rows; in place."""
+    counts = _gathered({name: total.count for name, total in sums.items()})
+    for name, total in sums.items():
+        total.count = sum(count[name] for count in counts)
+        if total.count == 0:
+            raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
+                             "under no_grad, all masked, or in a reentrant checkpoint")
+        lower = total.input_moment.tril_()
+        lower += lower.tril(-1).mT
+        for field, moment in vars(total).items():
+            if isinstance(moment, Tensor) and not (
+                    _sum_up(moment).div_(total.count).isfinite().all()):
+                raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
 
 
 @contextmanager
@@ -652,17 +662,17 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
     """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
     that may be overwritten. Afterwards, also after an error, everything is as it was. A call with
     a seed needs adapters to fill, switched on."""
-    layers = lora_layers(model)
-    if seed is not None and not layers:
-        raise ValueError("the model has no LoRALinear: call add_lora first")
-    for name, layer in layers.items():
-        if seed is not None and layer.scaling == 0:
-            raise ValueError(f"layer '{name}' has scaling 0, switched off: set it first")
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
     devices = range(torch.cuda.device_count())
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.random.fork_rng(devices):
+        layers = lora_layers(model)
+        if seed is not None and not layers:
+            raise ValueError("the model has no LoRALinear: call add_lora first")
+        for name, layer in layers.items():
+            if seed is not None and layer.scaling == 0:
+                raise ValueError(f"layer '{name}' has scaling 0, switched off: set it first")
+        modes = [(module, module.training) for module in model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
         try:
             if seed is not None:
                 torch.manual_seed(seed)
@@ -951,9 +961,10 @@ def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches:
 
 
 def _install(layers: dict[str, LoRALinear], factors: dict, factor: float) -> float:
-    for name, layer in layers.items():
-        B, A = factors[name]
-        layer.set_factors(factor / layer.scaling * B, A)
+    with _ONE_AT_A_TIME:
+        for name, layer in layers.items():
+            B, A = factors[name]
+            layer.set_factors(factor / layer.scaling * B, A)
     return factor
 
 

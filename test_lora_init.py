@@ -1410,6 +1410,9 @@ def test_two_threads_find_what_each_would_find_alone(init):
     assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(7)))
     for seed, model in models.items():
         assert same(list(model.parameters()), list(expected[seed].parameters()))
+    with ThreadPoolExecutor(4) as pool:  # on one model, one after the other
+        list(pool.map(lambda seed: init(models[0], batches, mean_loss), range(4)))
+    assert same(list(models[0].parameters()), list(expected[0].parameters()))
 
 
 class Life(RuleBasedStateMachine):
