@@ -266,15 +266,16 @@ def _lowest_eigenvectors(apply: Callable[[Tensor], Tensor], rank: int, like: Ten
     `apply` multiplies (n, k) by the operator Ω; `like` has n rows. Up to n = 1024: `eigh`, exact,
     O(n³). Above: a block Krylov space, spanned by random columns X, ΩX, Ω²X, …, grows until the
     eigenvectors within it satisfy ‖ΩV − Vλ‖ ≤ 1e-5·‖Ω‖: O(n² m) for m basis vectors. If that has
-    not happened at m = n/4 (no gap in the spectrum), the exact way is taken after all. (A small
-    residual proves eigenvectors; that they are the lowest rests on the random start.)
+    not happened at m = n/4 (no gap in the spectrum), or if so many vectors are wanted that there is
+    no room to grow, the exact way is taken after all. (A small residual proves eigenvectors; that
+    they are the lowest rests on the random start.)
     """
     n, width = len(like), min(rank + 8, len(like))
     generator = torch.Generator().manual_seed(0)  # a fixed start: same input, same bits
     start = torch.randn(n, width, generator=generator, dtype=like.dtype).to(like.device)
     block, basis = torch.linalg.qr(start).Q, start[:, :0]
     image = basis  # Ω·basis
-    while n > 1024 and basis.shape[1] <= n // 4:
+    while n > 1024 and width <= n // 16 and basis.shape[1] <= n // 4:
         for _ in range(2 + basis.shape[1] // (8 * width)):  # grow by an eighth between two looks
             basis = torch.cat([basis, block], dim=1)  # (n, m)
             image = torch.cat([image, apply(block)], dim=1)  # (n, m)

@@ -439,6 +439,15 @@ def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum, dtype):
         assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-3)
 
 
+@pytest.mark.parametrize("rank", [60, 61, 600, 1100])
+def test_wide_layers_at_high_ranks_too(rank):
+    """Up to the limit: too many vectors for the iterative way leave the exact one."""
+    values = torch.linspace(-1, 1, 1100, dtype=torch.float64) ** 3
+    V = lora_init._lowest_eigenvectors(lambda V: values[:, None] * V, rank, eye(1100))
+    assert near(V.mT @ V, eye(rank), 1e-8)
+    assert abs((values[:, None] * V * V).sum() - values[:rank].sum()) < 1e-4
+
+
 def test_wide_layers_get_the_singular_vectors_of_the_svd():
     """in = 1100, out = 1050: CNTLoRA's factors and the scale's norm, against full SVDs."""
     p = Problem(1050, 1100, 3, 1e2, torch.Generator().manual_seed(0))
@@ -1282,6 +1291,21 @@ def test_nan_and_inf_in_any_argument_are_named(p, bad, data):
             spoilt.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = bad
             with pytest.raises(ValueError, match=f"{name}.* holds NaN or Inf"):
                 call(**{**tensors, name: spoilt})
+
+
+@pytest.mark.parametrize("change", [Tensor.half, Tensor.bfloat16, lambda t: t.mT.clone().mT,
+                                    lambda t: torch.stack([t, t], dim=-1)[..., 1]])
+def test_dtype_and_memory_layout_of_arguments_change_nothing(change):
+    """Half precision is computed in float32; strides do not matter."""
+    p = Problem(4, 5, 2, 10.0, torch.Generator().manual_seed(0))
+    G, Z, Y, A_high = (change(t.float().view(-1, t.shape[-1])) for t in (
+        p.normal(4, 5), p.spd(5), p.positive(4), p.normal(3, 5)))
+    for call in (lambda G, Z, Y, A: lora_da(G, Z, Y, 2, 9), lambda G, Z, Y, A: hrp(G[:, :3], A, 2),
+                 lambda G, Z, Y, A: cntlora(G, Z, rank=2),
+                 lambda G, Z, Y, A: (monge_map(Z, 2 * Z),)):
+        tensors = G, Z, Y[0], A_high
+        for a, b in zip(call(*tensors), call(*(t.float().contiguous() for t in tensors))):
+            assert a.dtype == torch.float32 and near(a, b, 1e-3 if G.dtype != a.dtype else 1e-6)
 
 
 def plain_net(*widths: int) -> nn.Sequential:
