@@ -26,7 +26,6 @@ of A live in input space.
 import difflib
 import functools
 import importlib
-import itertools
 import json
 import math
 import operator
@@ -354,10 +353,11 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
                              input_moment=(input_moment, (n_in, n_in)),
                              output_fisher=(output_fisher, (n_out,)))
     Y = Y + damping * Y.mean() if Y.any() else torch.ones_like(Y)  # (out,)
-    if not (Y > 0).all():
-        raise ValueError(f"output_fisher ({n_out},) is not positive at damping {damping}: raise it")
-    L = _cholesky(Z, damping)  # (in, in)
     scaled, weight = G / Y[:, None], variance * (1 / Y).sum() / n_train
+    if not (Y > 0).all() or not weight.isfinite():
+        raise ValueError(f"output_fisher ({n_out},) is not positive at damping {damping}, or too "
+                         "small to be inverted: raise the damping, or scale the loss")
+    L = _cholesky(Z, damping)  # (in, in)
 
     def solve(V: Tensor) -> Tensor:  # Z⁻¹V; cholesky_solve would copy L first, for each V
         V = torch.linalg.solve_triangular(L, V, upper=False)
@@ -545,22 +545,23 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
     """
-    sums = {name: _zeros(layer, backward) for name, layer in layers.items()}
-    shared: list = [None, 0, None]  # the last input, its version, and its xᵀx
+    sums: dict[str, Statistics] = {}
     masks: Tensor | dict | None = None
+    last, gram = (None, None, None), None  # xᵀx of the last input, its version and its mask
 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
+        nonlocal last, gram
         with _naming(name):
             mask = _mask(masks, name, x)
             if _version(x) != version:
                 raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call: "
                                  "write x = x + …, not x += …")
         total, rows = sums[name], _rows(x, mask)  # (rows, in)
-        if shared[0] is not x or shared[1] != version:
-            shared[:] = x, version, _lower_gram(rows)
+        if x.is_inference() or not (x is last[0] and version == last[1] and mask is last[2]):
+            last, gram = (x, version, mask), _lower_gram(rows)
         total.count += len(rows)
-        total.input_moment += shared[2]
+        total.input_moment += gram
         if g is not None:
             g, unit = _rows(g, mask), len(rows) / 1024  # (rows, out)
             total.gradient.addmm_(g.mT, rows, alpha=unit)
@@ -576,13 +577,15 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
             y.register_hook(lambda g: accumulate(name, x, version, g))
         return y
 
-    with _pretrained(model), torch.set_grad_enabled(backward), _watching(layers, watch), _as_one():
-        for number, batch in _numbered(batches):
-            masks, shared[:] = mask_fn(batch) if mask_fn else None, [None, 0, None]
-            loss = loss_fn(model, batch)
-            if backward:  # times 1024, which is exact: in half precision small g's survive
-                _checked(loss, number).backward(torch.full_like(loss, 1024))
-    _average(sums)
+    with _pretrained(model), torch.set_grad_enabled(backward):
+        sums.update({name: _zeros(layer, backward) for name, layer in layers.items()})
+        with _as_one(), _watching(layers, watch):
+            for number, batch in _numbered(batches):
+                masks, last = mask_fn(batch) if mask_fn else None, (None, None, None)
+                loss = loss_fn(model, batch)
+                if backward:  # times 1024, which is exact: in half precision small g's survive
+                    _checked(loss, number).backward(torch.full_like(loss, 1024))
+        _average(sums)
     return sums
 
 
@@ -666,11 +669,15 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
     devices = range(torch.cuda.device_count())
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.random.fork_rng(devices):
         layers = lora_layers(model)
-        if seed is not None and not layers:
-            raise ValueError("the model has no LoRALinear: call add_lora first")
-        for name, layer in layers.items():
-            if seed is not None and layer.scaling == 0:
-                raise ValueError(f"layer '{name}' has scaling 0, switched off: set it first")
+        if seed is not None:
+            with _as_one():
+                if not layers:
+                    raise ValueError("the model has no LoRALinear: call add_lora first")
+                for name, layer in layers.items():
+                    if not 0 < abs(layer.scaling) < math.inf:
+                        raise ValueError(f"layer '{name}' has scaling {layer.scaling}: set it to a "
+                                         "finite number other than 0, which is off")
+            _check_same_model(model)
         modes = [(module, module.training) for module in model.modules()]
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
@@ -692,9 +699,15 @@ def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str,
 
 
 def _numbered(batches: Iterable) -> Iterator[tuple[int, object]]:
-    number = -1
-    for number, batch in enumerate(batches):
-        yield number, batch
+    """(number, batch) for each; a generator of the DataLoader's own ends where it began."""
+    number, generator = -1, getattr(batches, "generator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        for number, batch in enumerate(batches):
+            yield number, batch
+    finally:
+        if state is not None:
+            generator.set_state(state)
     if number < 0:
         raise ValueError("batches is empty: pass a list or a DataLoader; a generator can be read "
                          "only once, and fitting and guarding take a pass each")
@@ -712,20 +725,32 @@ def _checked(loss: Tensor, number: int, differentiable: bool = True) -> Tensor:
 # Several processes (torchrun): each reads its own batches; what is summed, is summed over all.
 
 
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _gathered(value: object) -> list:
     """The value on each process of the default group, in order; without a group, the one value."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    values = [value] * (distributed.get_world_size() if _several() else 1)
+    if _several():
+        distributed.all_gather_object(values, value)
     return values
 
 
 def _sum_up(tensor: Tensor) -> Tensor:
     """The sum over the processes, in place: every process holds the same bits afterwards."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _several():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def _check_same_model(model: nn.Module) -> None:
+    """The processes must hold the same weights; only A and B may differ, to be overwritten."""
+    norms = {name: "" if "lora_" in name else f"{parameter.float().norm():.4g}"
+             for name, parameter in model.named_parameters() if _several()}
+    if any(others != norms for others in _gathered(norms)):
+        raise ValueError("the processes hold different models: make or load them alike, with the "
+                         "same seed for layers that are new, and adapt the same layers")
 
 
 @contextmanager
@@ -764,10 +789,11 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     `layers_per_pass` bounds the memory: so many layers at a time, each time a pass over `batches`,
     and the same bits as in one pass. Peak, in floats: the sum of in² + out·in + out over the
     layers of a pass, plus the larger of a batch's activations and the work on one layer,
-    6·in² + out·in, about half of it above in = 1024 (test_the_peak_memory_is_what_is_documented).
+    5·in² + out·in + in·max(in, out), less above in = 1024
+    (test_the_peak_memory_is_what_is_documented).
 
-    In several processes (torchrun) each passes its own batches of the same, unwrapped model; all
-    end with the same bits, those of one process with all batches up to rounding.
+    In several processes (torchrun) every one makes the call, with batches of its own, on the same
+    model, unwrapped; all end with the same bits, those of one process up to rounding.
 
     All layers succeed or none changes; the random state is left alone; the same seed gives the
     same bits. Raises ValueError, the layer named.
@@ -782,8 +808,9 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
         return _shortened(B, A, layer.weight, scale), A
 
     with _pretrained(model, seed) as layers:
-        factors = {}
-        for group in _groups(layers, layers_per_pass, (batches, guard)):
+        factors, groups = {}, _groups(layers, layers_per_pass)
+        _check_rereadable(batches, len(groups) + guard)
+        for group in groups:
             statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
             for name, layer in group.items():
                 with _naming(name):
@@ -805,8 +832,9 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     """
     with _pretrained(model, seed) as layers, torch.enable_grad():
         ranks = {name: layer.rank for name, layer in layers.items()}
-        if preheat_rank < max(ranks.values()):
-            raise ValueError(f"preheat_rank {preheat_rank} is below rank {max(ranks.values())}")
+        if preheat_rank < max(ranks.values()) or not 0 < lr < math.inf:
+            raise ValueError(f"preheat_rank {preheat_rank} is below rank {max(ranks.values())}, or "
+                             f"lr {lr} not positive and finite")
         for name, layer in layers.items():
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = layer.lora_A.new_empty(high, layer.in_features)
@@ -822,9 +850,9 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             optimizer.zero_grad()
             rows = None  # stays None where this process has run dry
             with _as_one():
-                for number, batch in itertools.islice(steps, 1):
-                    loss, rows = _loss_and_rows(model, batch, loss_fn, mask_fn)
-                    _checked(loss, number).backward()
+                if (step := next(steps, None)) is not None:
+                    loss, rows = _loss_and_rows(model, step[1], loss_fn, mask_fn)
+                    _checked(loss, step[0]).backward()
             counts = [count for count in _gathered(rows) if count is not None]
             if not counts:
                 break
@@ -853,16 +881,19 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     `loss_fn(model, batch)` has to call the model; labels serve the guard, never the fit: without
     labels pass `guard=False`, and it may return anything. `pretrain_batches` give Z_p.
     `rank_budget` spends that many ranks in all by `allocate_ranks`; left out, ranks stay. Peak
-    memory as in `init_lora_da`, with a sum of in² and work of 8·in²; a budget keeps factors of up
-    to its rank for all layers. For the rest see `init_lora_da`.
+    memory as in `init_lora_da`, with a sum of in², twice with `pretrain_batches`, and work of
+    4·in² + 4·in·max(in, out); a budget keeps factors of up to its rank for all layers. For the rest
+    see `init_lora_da`.
     """
     with _pretrained(model, seed) as layers:
         ranks = {name: layer.rank for name, layer in layers.items()}
         if rank_budget is not None:  # enough of each spectrum to choose from
             most = max(rank_budget - len(layers) + 1, 1)
             ranks = {name: min(most, *layer.weight.shape) for name, layer in layers.items()}
-        factors = {}
-        for group in _groups(layers, layers_per_pass, (batches, guard), (pretrain_batches, False)):
+        factors, groups = {}, _groups(layers, layers_per_pass)
+        _check_rereadable(batches, len(groups) + guard)
+        _check_rereadable(pretrain_batches, len(groups))
+        for group in groups:
             moments = [collect_statistics(model, group, data, loss_fn, backward=False,
                                           mask_fn=mask_fn)
                        for data in (batches, pretrain_batches) if data is not None]
@@ -900,20 +931,20 @@ def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Ten
     return B * (scale * norm / length).clamp_max(1) if length > 0 else B
 
 
-def _groups(layers: dict[str, LoRALinear], size: int | None, *data: tuple[Iterable | None, bool],
-            ) -> Iterator[dict[str, LoRALinear]]:
-    """`size` layers at a time. `data` pairs batches with whether they are read once more: an
-    iterator, which gives its batches only once, is refused where it will be read again."""
+def _groups(layers: dict[str, LoRALinear], size: int | None) -> list[dict[str, LoRALinear]]:
+    """`size` layers at a time; all at once for None."""
     names, size = list(layers), len(layers) if size is None else size
     if size < 1:
         raise ValueError(f"layers_per_pass {size} is not at least 1")
-    for batches, again in data:
-        if isinstance(batches, Iterator) and (again or size < len(names)):
+    return [{name: layers[name] for name in names[i:i + size]} for i in range(0, len(names), size)]
+
+
+def _check_rereadable(batches: Iterable | None, passes: int) -> None:
+    with _as_one():
+        if passes > 1 and isinstance(batches, Iterator):
             raise ValueError(f"{type(batches).__name__} can be read only once, and each "
                              "layers_per_pass and the guard read the batches anew: pass a list or "
                              "a DataLoader")
-    for i in range(0, len(names), size):
-        yield {name: layers[name] for name in names[i:i + size]}
 
 
 def _loss_and_rows(model: nn.Module, batch: object, loss_fn: Callable, mask_fn: Callable | None,
@@ -963,9 +994,12 @@ def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches:
 
 def _install(layers: dict[str, LoRALinear], factors: dict, factor: float) -> float:
     with _ONE_AT_A_TIME:
+        scaled = {name: factor / layer.scaling * factors[name][0] for name, layer in layers.items()}
+        for name, B in scaled.items():
+            if not B.isfinite().all():
+                raise ValueError(f"layer '{name}': B overflows at scaling {layers[name].scaling}")
         for name, layer in layers.items():
-            B, A = factors[name]
-            layer.set_factors(factor / layer.scaling * B, A)
+            layer.set_factors(scaled[name], factors[name][1])
     return factor
 
 
@@ -1004,16 +1038,14 @@ def save_peft(model: nn.Module, folder: str | os.PathLike) -> None:
                for name, layer in layers.items()
                for key, factor in (("A", layer.lora_A), ("B", layer.lora_B))}
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {folder / f".{file}.{os.getpid()}": folder / file
-             for file in ("adapter_model.bin", "adapter_config.json")}
-    weights, settings = parts
+    weights, settings = (folder / f".{kind}.{os.getpid()}" for kind in ("weights", "settings"))
     try:
         torch.save(tensors, weights)
         settings.write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for part, file in parts.items():
-            part.replace(file)
+        weights.replace(folder / "adapter_model.bin")
+        settings.replace(folder / "adapter_config.json")
     finally:
-        for part in parts:
+        for part in (weights, settings):
             part.unlink(missing_ok=True)
 
 
@@ -1024,12 +1056,15 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
     as by `add_lora`. adapter_model.safetensors goes before adapter_model.bin and needs the
     package safetensors.
     Raises ValueError, and changes nothing, where file and model differ in a layer or a shape,
-    where the model has an adapter that the file lacks, and for a PEFT method other than LoRA (or
-    rsLoRA) on linear layers.
+    where the model has an adapter that the file lacks, for NaN or Inf, and for a PEFT method other
+    than LoRA (or rsLoRA) on linear layers, or one that changes W as well (PiSSA); TypeError as in
+    `add_lora`.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     beyond = [key for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora",
                               "use_bdlora", "layer_replication") if config.get(key)]
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        beyond.append(f"init_lora_weights {config['init_lora_weights']}")  # these change W too
     if config.get("peft_type") != "LORA" or beyond:
         raise ValueError(f"{folder}: not plain LoRA but {config.get('peft_type')} {beyond}")
     file = Path(folder) / "adapter_model.safetensors"
@@ -1046,7 +1081,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
 
     def alpha(name: str) -> float:  # PEFT's rule: the first pattern that matches
         return next((value for key, value in (config.get("alpha_pattern") or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"])
+                     if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
 
     modules, scalings = dict(model.named_modules(remove_duplicate=False)), {}
     for name, factors in saved.items():
@@ -1061,6 +1096,11 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
             _check_factors(modules[name], factors["B"], factors["A"])
         rank = len(factors["A"])
         scalings[name] = alpha(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not all(factor.isfinite().all() for factor in (*factors.values(),
+                                                          torch.tensor(scalings[name]))):
+            raise ValueError(f"{folder}: '{name}' holds NaN or Inf")
+    if len({modules[name] for name in saved}) < len(saved):
+        raise ValueError(f"{folder} has two adapters for one layer, which the model holds twice")
     if lacking := set(lora_layers(model)) - set(saved):
         raise ValueError(f"{folder} lacks the model's adapters {sorted(lacking)}: merge them first")
     fresh = {name for name in saved if not isinstance(modules[name], LoRALinear)}

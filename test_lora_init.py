@@ -652,7 +652,8 @@ def test_no_swap_of_a_rank_does_better(lists, data):
     (lambda G, Z, Y: lora_da(G, Z, Y[:1], 1, 1), r"fisher has shape \(1,\), expected \(2,\)"),
     (lambda G, Z, Y: lora_da(G / 0, Z, Y, 1, 1), r"gradient \(2, 3\) holds NaN or Inf"),
     (lambda G, Z, Y: lora_da(G, 0 * Z, Y, 1, 1), "not positive definite at damping 0.1"),
-    (lambda G, Z, Y: lora_da(G, Z, Y - eye(2)[0], 1, 1, damping=0), "output_fisher.*raise it"),
+    (lambda G, Z, Y: lora_da(G, Z, Y - eye(2)[0], 1, 1, damping=0), "output_fisher.*not positive"),
+    (lambda G, Z, Y: lora_da(G, Z, 1e-310 * Y.double(), 1, 1), "too small to be inverted"),
     (lambda G, Z, Y: hrp(G, G, 1), r"A_high has|B_high has"),
     (lambda G, Z, Y: hrp(G[:, :1], G[:1], 2), "preheating rank 1"),
     (lambda G, Z, Y: hrp(G @ G.mT, G * math.inf, 1), "A_high.*NaN or Inf"),
@@ -780,7 +781,15 @@ def test_masked_rows_do_not_count(seed):
     actual = collect_statistics(model, lora_layers(model), batches, masked_loss,
                                 mask_fn=lambda batch: batch[2])
     assert same_statistics(actual, expected)
-    x = data[0]  # one tensor in two batches, under two masks
+    x = data[0]  # one tensor for two layers, and in two batches, under two masks
+    both = collect_statistics(model, {"q": model.q, "k": model.k}, [mask],
+                              lambda m, _: m.q(x) + m.k(x), backward=False,
+                              mask_fn=lambda batch: {"q": batch, "k": None})
+    assert near(both["q"].input_moment, x[mask].mT @ x[mask] / mask.sum())
+    assert near(both["k"].input_moment, x.mT @ x / 12)
+    with pytest.raises(ValueError, match="layer 'q': mask_fn returned a dict without it"):
+        collect_statistics(model, {"q": model.q}, [mask], lambda m, _: m.q(x), backward=False,
+                           mask_fn=lambda batch: {})
     twice = collect_statistics(model, {"q": model.q}, [mask, ~mask], lambda m, _: m.q(x),
                                backward=False, mask_fn=lambda batch: batch)
     assert near(twice["q"].input_moment, x.mT @ x / 12)
@@ -827,13 +836,17 @@ def test_an_input_changed_between_two_layers_is_not_taken_for_shared():
     model, x = net(), rows_of_data(5)[0]
     first, second = x.clone(), x + 1
 
-    def loss_fn(model, x):
+    def loss_fn(model, x):  # the second time on inference tensors, which count no changes
         model.q(x)
         return model.k(x.add_(1))
 
-    moments = collect_statistics(model, {"q": model.q, "k": model.k}, [x], loss_fn, backward=False)
-    assert near(moments["q"].input_moment, first.mT @ first / 5)
-    assert near(moments["k"].input_moment, second.mT @ second / 5)
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        with mode():
+            data = [first.clone()]
+        moments = collect_statistics(model, {"q": model.q, "k": model.k}, data, mode()(loss_fn)
+                                     if mode is torch.inference_mode else loss_fn, backward=False)
+        assert near(moments["q"].input_moment, first.mT @ first / 5)
+        assert near(moments["k"].input_moment, second.mT @ second / 5)
 
 
 def snapshot(model: nn.Module) -> list:
@@ -901,8 +914,9 @@ def test_statistics_leave_no_trace_and_no_gradient_of_a_weight():
         torch.rand(1)
         return mean_loss(model, batch)
 
-    with torch.no_grad():
-        collect_statistics(model, lora_layers(model), batches, loss_fn)
+    for surrounding in (torch.no_grad, torch.inference_mode):
+        with surrounding():
+            collect_statistics(model, lora_layers(model), batches, loss_fn)
     assert same(before, snapshot(model)) and not any(needs)
 
 
@@ -1158,12 +1172,14 @@ def test_float16_gradients_do_not_underflow():
     assert near(total.gradient, torch.full((2, 2), 0.5e-5), 0.1)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
-def test_the_guard_sees_the_same_batches_each_time(init):
+def test_the_guard_sees_the_same_batches_each_time(init, own):
     """A DataLoader that shuffles, with a short last batch: still never worse, in its own order."""
     for seed in range(4):
         model, data = net(seed).eval(), rows_of_data(20, seed)
-        loader = DataLoader(TensorDataset(*data), batch_size=12, shuffle=True)
+        generator = torch.Generator().manual_seed(seed) if own else None
+        loader = DataLoader(TensorDataset(*data), batch_size=12, shuffle=True, generator=generator)
         orders = []
 
         def loss_fn(model, batch, orders=orders):
@@ -1173,6 +1189,8 @@ def test_the_guard_sees_the_same_batches_each_time(init):
         init(model, loader, loss_fn, scale=10.0)
         passes = [torch.cat(orders[i:i + 2]) for i in range(2, len(orders), 2)]
         assert len(passes) >= 2 and all(torch.equal(p, passes[0]) for p in passes)
+        assert not own or generator.initial_seed() == seed and torch.equal(
+            generator.get_state(), torch.Generator().manual_seed(seed).get_state())
 
 
 @pytest.mark.parametrize(("init", "kwargs", "message"), [
@@ -1180,6 +1198,9 @@ def test_the_guard_sees_the_same_batches_each_time(init):
     (init_lora_da, {"scale": -1.0}, "scale -1.0"),
     (init_cntlora, {"scale": math.nan}, "scale nan"),
     (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below rank 2"),
+    (init_hrp, {"lr": 0.0}, "lr 0.0 not positive"),
+    (init_lora_da, {"seed": 1}, "'k' has scaling inf"),
+    (init_lora_da, {"seed": 2}, "'k': B overflows at scaling 1e-320"),
     (init_hrp, {}, "'unused' got no gradient"),
     (init_cntlora, {}, "'k' has scaling 0"),
 ])
@@ -1188,7 +1209,7 @@ def test_a_model_level_number_out_of_range_is_refused_and_nothing_changes(init, 
     if "unused" in message:
         model.unused = LoRALinear(nn.Linear(2, 2), 1)
     if "scaling" in message:
-        model.k.scaling = 0.0
+        model.k.scaling = {"0": 0.0, "inf": math.inf}.get(message.split()[-1], 1e-320)
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         init(model, [rows_of_data(9)], mean_loss, **kwargs)
@@ -1250,24 +1271,25 @@ def peak_floats(call: Callable) -> float:
     return max(itertools.accumulate(sizes))
 
 
-@pytest.mark.parametrize("widths", [[300] * 5, [200, 500, 200, 500, 200]])
+@pytest.mark.parametrize("widths", [[300] * 5, [200, 500, 200, 500, 200], [100, 1200]])
 @pytest.mark.parametrize("init", [init_lora_da, init_cntlora])
 def test_the_peak_memory_is_what_is_documented(init, widths):
-    """Within 10 %: Σ over a pass of in² + out·in + out (or in²), plus 6·in² + out·in (or 8·in²)."""
+    """Within 10 %: Σ over a pass of in² + out·in + out (or in²), plus the work on one layer."""
     shapes, peaks = list(itertools.pairwise(widths)), []
     for per_pass in (None, 2, 1):
         model = nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in shapes))
         add_lora(model, 2)
         call = partial(init, model, [torch.randn(4, widths[0])], lambda m, x: m(x).square().mean(),
                        layers_per_pass=per_pass, guard=False)
-        kept, work = zip(*((n * n + n * k + k, 6 * n * n + n * k) if init is init_lora_da
-                           else (n * n, 8 * n * n) for n, k in shapes))
-        size = per_pass or len(shapes)
+        kept, work = zip(*(
+            (n * n + n * k + k, 5 * n * n + n * k + n * max(n, k)) if init is init_lora_da
+            else (n * n, 4 * n * n + 4 * n * max(n, k)) for n, k in shapes))
+        size = min(per_pass or len(shapes), len(shapes))
         formula = max(sum(kept[j:i + size]) + work[j]  # at layer j; those before it are done with
                       for i in range(0, len(shapes), size) for j in range(i, i + size))
         peaks.append(peak_floats(call))
         assert 0.9 * formula < peaks[-1] < 1.1 * formula
-    assert peaks[0] > peaks[1] >= peaks[2]
+    assert peaks[0] > peaks[1] >= peaks[2] or len(shapes) == 1
 
 
 # ---------------------------------------------------------------------------- unbreakable
@@ -1575,6 +1597,21 @@ def one_of_two(rank: int, folder: Path) -> None:
             return mean_loss(model, batch)
         return loss_fn
 
+    for name, spoil in {"weights": lambda model: model.head.weight.data.mul_(2),
+                        "adapters": lambda model: add_lora(model.norm, 1),
+                        "scaling": lambda model: setattr(model.q, "scaling", 0.0)}.items():
+        model = net()
+        model.norm.append = nn.Linear(2, 2)
+        if rank == 1:
+            spoil(model)
+        try:
+            init_lora_da(model, shards()[rank], mean_loss)
+        except (ValueError, RuntimeError) as error:
+            results[name] = repr(error)
+    try:
+        init_lora_da(net(), shards()[0] if rank == 0 else iter(shards()[0]), mean_loss)
+    except (ValueError, RuntimeError) as error:
+        results["iterator"] = repr(error)
     for call in (collect, *INITS):
         for data, loss_fn in ((shards()[0] if rank == 0 else [], mean_loss),
                               (shards()[0], fails(1)), (shards()[0], fails(2)),
@@ -1610,6 +1647,13 @@ def test_two_processes_end_with_the_same_bits_and_with_those_of_one(two_processe
         all_batches = [tuple(torch.cat(pair) for pair in both), *all_batches[1:3]]
     assert CALLS[name](model, all_batches, loss_fn) == factor
     assert all(near(a, b.detach(), 1e-6) for a, b in zip(first, model.parameters()))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("weights", "different models"), ("adapters", "different models"),
+    ("scaling", "scaling 0"), ("iterator", "read only once")])
+def test_what_differs_between_processes_is_refused_on_all(two_processes, name, message):
+    assert all(message in results[name] for results in two_processes)
 
 
 def test_an_error_on_one_process_is_an_error_on_all(two_processes):
@@ -1688,7 +1732,10 @@ def test_a_save_that_fails_leaves_the_older_adapter(tmp_path, monkeypatch):
     (lambda model, config, tensors: add_lora(model, 1, targets=["2"]), r"lacks .*\['2'\]"),
     (lambda model, config, tensors: config.update(peft_type="IA3"), "not plain LoRA but IA3"),
     (lambda model, config, tensors: config.update(use_dora=True), "use_dora"),
-    (lambda model, config, tensors: config.pop("lora_alpha"), "lora_alpha"),
+    (lambda model, config, tensors: config.update(init_lora_weights="pissa"), "pissa"),
+    (lambda model, config, tensors: config.update(lora_alpha=math.inf), "'1' holds NaN or Inf"),
+    (lambda model, config, tensors: [*tensors.values()][-1].fill_(math.nan), "'11' holds NaN"),
+    (lambda model, config, tensors: model.__setitem__(11, model[1]), "two adapters for one layer"),
     (lambda model, config, tensors: tensors.popitem(), "'11' has lora_A alone"),
     (lambda model, config, tensors: tensors.update({"base_model.model.11.bias": torch.ones(6)}),
      "'base_model.model.11.bias' is no factor"),
@@ -1701,7 +1748,7 @@ def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path, sp
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     torch.save(tensors, tmp_path / "adapter_model.bin")
     before = snapshot(model)
-    with pytest.raises((ValueError, TypeError, KeyError), match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         load_peft(model, tmp_path)
     assert same(before, snapshot(model))
 
