@@ -656,6 +656,7 @@ def test_no_swap_of_a_rank_does_better(lists, data):
     (lambda G, Z, Y: lora_da(G, Z, 1e-310 * Y.double(), 1, 1), "too small to be inverted"),
     (lambda G, Z, Y: hrp(G, G, 1), r"A_high has|B_high has"),
     (lambda G, Z, Y: hrp(G[:, :1], G[:1], 2), "preheating rank 1"),
+    (lambda G, Z, Y: hrp(G, Z, 3), r"rank 3 is not in 1\.\.2"),
     (lambda G, Z, Y: hrp(G @ G.mT, G * math.inf, 1), "A_high.*NaN or Inf"),
     (lambda G, Z, Y: cntlora(G, Z, rank=0), "rank 0"),
     (lambda G, Z, Y: cntlora(G, Z, Y, rank=1), r"pretrain_moment has shape \(2,\)"),
