@@ -9,6 +9,7 @@ projectors, never as signed vectors. A claimed optimum has to beat random and pe
 
 import contextlib
 import copy
+import inspect
 import io
 import itertools
 import json
@@ -474,6 +475,19 @@ def test_the_functions_take_keywords():
             (hrp(B_high=G, A_high=Z, rank=2), hrp(G, Z, 2)),
             (cntlora(weight=G, input_moment=Z, rank=2), cntlora(G, Z, rank=2))):
         assert all(torch.equal(a, b) for a, b in zip(by_name, by_place))
+
+
+def test_what_is_left_out_is_what_the_pages_say():
+    """The theory's weight 1, damping 0.1, a step of 1 %, rank 64 at rate 0.002, seed 0, the guard."""
+    model = {"damping": 0.1, "scale": 0.01, "guard": True, "seed": 0, "mask_fn": None,
+             "layers_per_pass": None}
+    for function, expected in {
+            lora_da: {"variance": 1.0, "damping": 0.1}, cntlora: {"damping": 0.1},
+            init_lora_da: {"variance": 1.0, "n_train": None, "identity_fisher": False, **model},
+            init_hrp: {"preheat_rank": 64, "lr": 0.002, "train_A": False, "seed": 0},
+            init_cntlora: {"pretrain_batches": None, "rank_budget": None, **model}}.items():
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in expected} == expected
 
 
 def test_a_zero_gradient_leaves_the_variance_term_and_B_zero():
