@@ -436,6 +436,9 @@ def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum, dtype):
     assert (n in calls) == (spectrum == "no gap")  # the exact way after all
     assert near(V.mT @ V, eye(rank), 1e-5)
     assert abs((values * (Q.mT @ V).square().sum(dim=1)).sum() - values[:rank].sum()) < 1e-5
+    image = (Q * values) @ (Q.mT @ V)
+    residual = (image - V @ (V.mT @ image)).norm(dim=0).max()
+    assert residual <= 2e-5 * values.abs().max()
     if spectrum not in ("no gap", "rank 3"):
         assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-3)
 
@@ -478,7 +481,7 @@ def test_the_functions_take_keywords():
 
 
 def test_what_is_left_out_is_what_the_pages_say():
-    """The theory's weight 1, damping 0.1, a step of 1 %, rank 64 at rate 0.002, seed 0, the guard."""
+    """The theory's weight 1, damping 0.1, a step of 1 %, rank 64 at rate 0.002, a guard, seed 0."""
     model = {"damping": 0.1, "scale": 0.01, "guard": True, "seed": 0, "mask_fn": None,
              "layers_per_pass": None}
     for function, expected in {
