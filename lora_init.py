@@ -665,37 +665,44 @@ _ONE_AT_A_TIME = threading.RLock()  # the random state that _pretrained restores
 def _pretrained(model: nn.Module, seed: int | None = None) -> Iterator[dict[str, LoRALinear]]:
     """Inside: the pre-trained function (s = 0), in eval mode, frozen, with stand-ins for A and B
     that may be overwritten. Afterwards, also after an error, everything is as it was. A call with
-    a seed needs adapters to fill, switched on."""
+    a seed is one that starts adapters."""
     devices = range(torch.cuda.device_count())
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.random.fork_rng(devices):
         layers = lora_layers(model)
         if seed is not None:
-            with _as_one():
-                if not layers:
-                    raise ValueError("the model has no LoRALinear: call add_lora first")
-                for name, layer in layers.items():
-                    if not 0 < abs(layer.scaling) < math.inf:
-                        raise ValueError(f"layer '{name}' has scaling {layer.scaling}: set it to a "
-                                         "finite number other than 0, which is off")
-            _check_same_model(model)
-        modes = [(module, module.training) for module in model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        adapters = [(m, m.scaling, m.lora_A, m.lora_B) for m in layers.values()]
+            _check_startable(model, layers)
+            torch.manual_seed(seed)
+        before = [(module, "training", module.training) for module in model.modules()]
+        before += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+        before += [(layer, name, getattr(layer, name)) for layer in layers.values()
+                   for name in ("scaling", "lora_A", "lora_B")]
         try:
-            if seed is not None:
-                torch.manual_seed(seed)
             model.requires_grad_(False).eval()
-            for layer, _, A, B in adapters:
-                layer.scaling, layer.lora_A, layer.lora_B = (
-                    0.0, *(nn.Parameter(p.detach().clone(), False) for p in (A, B)))
+            for layer in layers.values():
+                layer.scaling = 0.0
+                layer.lora_A = nn.Parameter(layer.lora_A.detach().clone(), False)
+                layer.lora_B = nn.Parameter(layer.lora_B.detach().clone(), False)
             yield layers
         finally:
-            for module, mode in modes:
-                module.training = mode
-            for layer, scaling, A, B in adapters:
-                layer.scaling, layer.lora_A, layer.lora_B = scaling, A, B
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+
+def _check_startable(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """There are adapters, switched on; and all processes hold the same weights beside A and B."""
+    with _as_one():
+        if not layers:
+            raise ValueError("the model has no LoRALinear: call add_lora first")
+        for name, layer in layers.items():
+            if not 0 < abs(layer.scaling) < math.inf:
+                raise ValueError(f"layer '{name}' has scaling {layer.scaling}: set it to a finite "
+                                 "number other than 0, which is off")
+    if _several():
+        norms = {name: "" if "lora_" in name else f"{parameter.float().norm():.4g}"
+                 for name, parameter in model.named_parameters()}
+        if any(others != norms for others in _gathered(norms)):
+            raise ValueError("the processes hold different models: make, load and adapt them "
+                             "alike, with the same seed")
 
 
 def _numbered(batches: Iterable) -> Iterator[tuple[int, object]]:
@@ -742,15 +749,6 @@ def _sum_up(tensor: Tensor) -> Tensor:
     if _several():
         distributed.all_reduce(tensor)
     return tensor
-
-
-def _check_same_model(model: nn.Module) -> None:
-    """The processes must hold the same weights; only A and B may differ, to be overwritten."""
-    norms = {name: "" if "lora_" in name else f"{parameter.float().norm():.4g}"
-             for name, parameter in model.named_parameters() if _several()}
-    if any(others != norms for others in _gathered(norms)):
-        raise ValueError("the processes hold different models: make or load them alike, with the "
-                         "same seed for layers that are new, and adapt the same layers")
 
 
 @contextmanager
