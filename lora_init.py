@@ -545,13 +545,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
     """
-    sums: dict[str, Statistics] = {}
-    masks: Tensor | dict | None = None
-    last, gram = (None, None, None), None  # xᵀx of the last input, its version and its mask
-
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
-        nonlocal last, gram
+        nonlocal last
         with _naming(name):
             mask = _mask(masks, name, x)
             if _version(x) != version:
@@ -559,9 +555,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
                                  "write x = x + …, not x += …")
         total, rows = sums[name], _rows(x, mask)  # (rows, in)
         if x.is_inference() or not (x is last[0] and version == last[1] and mask is last[2]):
-            last, gram = (x, version, mask), _lower_gram(rows)
+            last = x, version, mask, _lower_gram(rows)
         total.count += len(rows)
-        total.input_moment += gram
+        total.input_moment += last[3]
         if g is not None:
             g, unit = _rows(g, mask), len(rows) / 1024  # (rows, out)
             total.gradient.addmm_(g.mT, rows, alpha=unit)
@@ -578,10 +574,11 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         return y
 
     with _pretrained(model), torch.set_grad_enabled(backward):
-        sums.update({name: _zeros(layer, backward) for name, layer in layers.items()})
+        sums = {name: _zeros(layer, backward) for name, layer in layers.items()}
         with _as_one(), _watching(layers, watch):
             for number, batch in _numbered(batches):
-                masks, last = mask_fn(batch) if mask_fn else None, (None, None, None)
+                masks = mask_fn(batch) if mask_fn else None
+                last = None, None, None, None  # the last input, its version, its mask, its xᵀx
                 loss = loss_fn(model, batch)
                 if backward:  # times 1024, which is exact: in half precision small g's survive
                     _checked(loss, number).backward(torch.full_like(loss, 1024))
