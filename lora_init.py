@@ -548,11 +548,10 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
         nonlocal last
-        with _naming(name):
-            mask = _mask(masks, name, x)
-            if _version(x) != version:
-                raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call: "
-                                 "write x = x + …, not x += …")
+        mask = _mask(masks, name, x)
+        if _version(x) != version:
+            raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
+                             "after the call: write x = x + …, not x += …")
         total, rows = sums[name], _rows(x, mask)  # (rows, in)
         if x.is_inference() or not (x is last[0] and version == last[1] and mask is last[2]):
             last = x, version, mask, _lower_gram(rows)
@@ -626,12 +625,12 @@ def _watching(layers: dict[str, nn.Linear], watch: Callable) -> Iterator[None]:
 def _mask(masks: Tensor | dict | None, name: str, x: Tensor) -> Tensor | None:
     """The layer's mask out of what mask_fn returned, if it fits the input."""
     if isinstance(masks, dict) and name not in masks:
-        raise ValueError("mask_fn returned a dict without it: None there counts every row")
+        raise ValueError(f"layer '{name}': mask_fn returned a dict without it: None there counts "
+                         "every row")
     mask = masks[name] if isinstance(masks, dict) else masks
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"the mask {tuple(mask.shape)}, {mask.dtype}, does not fit the input "
-                         f"{tuple(x.shape)}: mask_fn must return a bool tensor of its leading "
-                         "shape, or a dict of such tensors by layer name")
+        raise ValueError(f"layer '{name}': the mask {tuple(mask.shape)}, {mask.dtype}, does not "
+                         f"fit the input {tuple(x.shape)}: make it bool, of its leading shape")
     return mask
 
 
@@ -949,8 +948,7 @@ def _loss_and_rows(model: nn.Module, batch: object, loss_fn: Callable, mask_fn: 
 
     def count(name: str, x: Tensor, _: Tensor) -> None:
         nonlocal rows
-        with _naming(name):
-            mask = _mask(masks, name, x)
+        mask = _mask(masks, name, x)
         rows += math.prod(x.shape[:-1]) if mask is None else int(mask.sum())
 
     with _watching(lora_layers(model), count):
