@@ -604,9 +604,10 @@ def _average(sums: dict[str, Statistics]) -> None:
         lower = total.input_moment.tril_()
         lower += lower.tril(-1).mT
         for field, moment in vars(total).items():
-            if isinstance(moment, Tensor) and not (
-                    _sum_up(moment).div_(total.count).isfinite().all()):
-                raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data and loss")
+            if isinstance(moment, Tensor):  # not the count
+                _sum_up(moment).div_(total.count)
+                if not moment.isfinite().all():
+                    raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check the data")
 
 
 @contextmanager
