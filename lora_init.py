@@ -168,19 +168,19 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
     """
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     linear_names = [name for name, module in modules.items() if type(module) is nn.Linear]
-    if targets is None or callable(targets):
-        names = [name for name in linear_names if targets is None or targets(name)]
-        unmatched = [] if names else ["every nn.Linear" if targets is None else "the predicate"]
+    if targets is None:
+        hits = {"every nn.Linear": linear_names}
+    elif callable(targets):
+        hits = {"the predicate": [name for name in linear_names if targets(name)]}
     else:
-        targets = [targets] if isinstance(targets, str) else list(targets)
+        targets = [targets] if isinstance(targets, str) else targets
         hits = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in targets}
-        names = list(dict.fromkeys(name for hit in hits.values() for name in hit))
-        unmatched = [t for t, hit in hits.items() if not hit]
-    if unmatched or not names:
-        target = unmatched[0] if unmatched else "an empty list"
-        near = difflib.get_close_matches(target, linear_names, cutoff=0.3) or linear_names[:3]
-        raise ValueError(f"target '{target}' matches no module below {type(model).__name__}; "
-                         f"near names: {', '.join(near) or 'none, it holds no nn.Linear'}")
+    for target, hit in (hits or {"an empty list": []}).items():
+        if not hit:
+            near = difflib.get_close_matches(target, linear_names, cutoff=0.3) or linear_names[:3]
+            raise ValueError(f"target '{target}' matches no module below {type(model).__name__}; "
+                             f"near names: {', '.join(near) or 'none, it holds no nn.Linear'}")
+    names = list(dict.fromkeys(name for hit in hits.values() for name in hit))
     names = list({modules[name]: name for name in reversed(names)}.values())[::-1]  # first names
     for name in names:
         _check_adaptable(name, modules[name], rank, alpha)
