@@ -545,6 +545,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
     """
+    nothing = None, None, None, None  # an input, its version, its mask, its xᵀx
+    masks, last = None, nothing
+
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
         nonlocal last
@@ -576,8 +579,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         sums = {name: _zeros(layer, backward) for name, layer in layers.items()}
         with _as_one(), _watching(layers, watch):
             for number, batch in _numbered(batches):
-                masks = mask_fn(batch) if mask_fn else None
-                last = None, None, None, None  # the last input, its version, its mask, its xᵀx
+                masks, last = mask_fn(batch) if mask_fn else None, nothing
                 loss = loss_fn(model, batch)
                 if backward:  # times 1024, which is exact: in half precision small g's survive
                     _checked(loss, number).backward(torch.full_like(loss, 1024))
