@@ -840,24 +840,7 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             layer.scaling = 1.0
             layer.lora_A.requires_grad_(train_A)
             layer.lora_B.requires_grad_(True)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr)
-        steps = _numbered(batches)
-        while True:
-            optimizer.zero_grad()
-            rows = None  # stays None where this process has run dry
-            with _as_one():
-                if (step := next(steps, None)) is not None:
-                    loss, rows = _loss_and_rows(model, step[1], loss_fn, mask_fn)
-                    _checked(loss, step[0]).backward()
-            counts = [count for count in _gathered(rows) if count is not None]
-            if not counts:
-                break
-            share = (rows or 0) / max(sum(counts), 1)
-            for parameter in trained:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = _sum_up(share * grad)
-            optimizer.step()
+        _train(model, batches, loss_fn, mask_fn, lr)
         factors = {}
         for name, layer in layers.items():
             if not layer.lora_B.any():
@@ -866,6 +849,29 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             with _naming(name):
                 factors[name] = hrp(layer.lora_B, layer.lora_A, ranks[name])
     return _install(layers, factors, 1.0)
+
+
+def _train(model: nn.Module, batches: Iterable, loss_fn: Callable, mask_fn: Callable | None,
+           lr: float) -> None:
+    """One Adam step a batch; a step takes one from each process that has not run dry."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, steps = torch.optim.Adam(trained, lr), _numbered(batches)
+    while True:
+        optimizer.zero_grad()
+        rows = None  # stays None where this process has run dry
+        with _as_one():
+            if (step := next(steps, None)) is not None:
+                number, batch = step
+                loss, rows = _loss_and_rows(model, batch, loss_fn, mask_fn)
+                _checked(loss, number).backward()
+        counts = [count for count in _gathered(rows) if count is not None]
+        if not counts:
+            return
+        share = (rows or 0) / max(sum(counts), 1)
+        for parameter in trained:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = _sum_up(share * grad)
+        optimizer.step()
 
 
 def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
