@@ -918,10 +918,10 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
 @_plain_arithmetic
 def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Tensor:
     """B, shortened if need be so that ‖B A‖₂ ≤ scale·‖W‖₂."""
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale {scale} is not positive and finite")
     if scale is None:
         return B
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale {scale} is not positive and finite")
     length = torch.linalg.matrix_norm(B @ torch.linalg.qr(A.mT).R.mT, 2)  # ‖B A‖₂, from (out, r)
     W = weight.to(B.dtype)
     if min(W.shape) > 1024:  # 16 steps find 99 % of the norm, never more; an SVD costs minutes
