@@ -1062,14 +1062,52 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
     than LoRA (or rsLoRA) on linear layers, or one that changes W as well (PiSSA); TypeError as in
     `add_lora`.
     """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    config, saved = _read_peft(Path(folder))
+
+    def alpha(name: str) -> float:  # PEFT's rule: the first pattern that matches
+        return next((value for key, value in (config.get("alpha_pattern") or {}).items()
+                     if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
+
+    modules, scalings, fresh = dict(model.named_modules(remove_duplicate=False)), {}, set()
+    for name, factors in saved.items():
+        if name not in modules:
+            near = ", ".join(difflib.get_close_matches(name, modules)) or "none"
+            raise ValueError(f"{folder}: the model has no layer '{name}'; near names: {near}")
+        if set(factors) != {"A", "B"}:
+            raise ValueError(f"{folder}: '{name}' has lora_{''.join(factors)} alone")
+        if not isinstance(modules[name], LoRALinear):
+            _check_adaptable(name, modules[name], 1, None)
+            fresh.add(name)
+        with _naming(name):
+            _check_factors(modules[name], factors["B"], factors["A"])
+        rank = len(factors["A"])
+        scalings[name] = alpha(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        numbers = (*factors.values(), torch.tensor(scalings[name]))
+        if not all(number.isfinite().all() for number in numbers):
+            raise ValueError(f"{folder}: '{name}' holds NaN or Inf")
+    if len({modules[name] for name in saved}) < len(saved):
+        raise ValueError(f"{folder} has two adapters for one layer, which the model holds twice")
+    if lacking := set(lora_layers(model)) - set(saved):
+        raise ValueError(f"{folder} lacks the model's adapters {sorted(lacking)}: merge them first")
+    if fresh:
+        add_lora(model, 1, targets=fresh.__contains__)
+    for name, factors in saved.items():
+        layer = model.get_submodule(name)
+        layer.set_factors(factors["B"], factors["A"])
+        layer.scaling = scalings[name]
+    return {name: model.get_submodule(name) for name in saved}
+
+
+def _read_peft(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """The configuration, and the factors as {layer: {"A": …, "B": …}}."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     beyond = [key for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora",
                               "use_bdlora", "layer_replication") if config.get(key)]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
         beyond.append(f"init_lora_weights {config['init_lora_weights']}")  # these change W too
     if config.get("peft_type") != "LORA" or beyond:
         raise ValueError(f"{folder}: not plain LoRA but {config.get('peft_type')} {beyond}")
-    file = Path(folder) / "adapter_model.safetensors"
+    file = folder / "adapter_model.safetensors"
     if file.exists():
         tensors = importlib.import_module("safetensors.torch").load_file(file)
     else:
@@ -1080,36 +1118,4 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
         if match is None:
             raise ValueError(f"{folder}: '{key}' is no factor of a linear layer")
         saved.setdefault(match[1], {})[match[2]] = tensor
-
-    def alpha(name: str) -> float:  # PEFT's rule: the first pattern that matches
-        return next((value for key, value in (config.get("alpha_pattern") or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
-
-    modules, scalings = dict(model.named_modules(remove_duplicate=False)), {}
-    for name, factors in saved.items():
-        if name not in modules:
-            near = ", ".join(difflib.get_close_matches(name, modules)) or "none"
-            raise ValueError(f"{folder}: the model has no layer '{name}'; near names: {near}")
-        if set(factors) != {"A", "B"}:
-            raise ValueError(f"{folder}: '{name}' has lora_{''.join(factors)} alone")
-        if not isinstance(modules[name], LoRALinear):
-            _check_adaptable(name, modules[name], 1, None)
-        with _naming(name):
-            _check_factors(modules[name], factors["B"], factors["A"])
-        rank = len(factors["A"])
-        scalings[name] = alpha(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if not all(factor.isfinite().all() for factor in (*factors.values(),
-                                                          torch.tensor(scalings[name]))):
-            raise ValueError(f"{folder}: '{name}' holds NaN or Inf")
-    if len({modules[name] for name in saved}) < len(saved):
-        raise ValueError(f"{folder} has two adapters for one layer, which the model holds twice")
-    if lacking := set(lora_layers(model)) - set(saved):
-        raise ValueError(f"{folder} lacks the model's adapters {sorted(lacking)}: merge them first")
-    fresh = {name for name in saved if not isinstance(modules[name], LoRALinear)}
-    if fresh:
-        add_lora(model, 1, targets=fresh.__contains__)
-    for name, factors in saved.items():
-        layer = model.get_submodule(name)
-        layer.set_factors(factors["B"], factors["A"])
-        layer.scaling = scalings[name]
-    return {name: model.get_submodule(name) for name in saved}
+    return config, saved
