@@ -254,8 +254,7 @@ def _cholesky(moment: Tensor, damping: float) -> Tensor:
     L, failed = torch.linalg.cholesky_ex(_damped(moment, damping))
     if failed:
         raise ValueError(f"the input moment {tuple(moment.shape)} is not positive definite at "
-                         f"damping {damping}: raise damping, or leave a layer out that sees only "
-                         "zeros")
+                         f"damping {damping}: raise damping, or drop a layer that sees only zeros")
     return L
 
 
@@ -601,8 +600,8 @@ def _average(sums: dict[str, Statistics]) -> None:
     for name, total in sums.items():
         total.count = sum(count[name] for count in counts)
         if total.count == 0:
-            raise ValueError(f"layer '{name}' was reached by no row: it may be unused, detached, "
-                             "under no_grad, all masked, or in a reentrant checkpoint")
+            raise ValueError(f"layer '{name}' was reached by no row: unused, detached, under "
+                             "no_grad, all masked, or in a reentrant checkpoint")
         lower = total.input_moment.tril_()
         lower += lower.tril(-1).mT
         for field, moment in vars(total).items():
@@ -715,8 +714,8 @@ def _numbered(batches: Iterable) -> Iterator[tuple[int, object]]:
         if state is not None:
             generator.set_state(state)
     if number < 0:
-        raise ValueError("batches is empty: pass a list or a DataLoader; a generator can be read "
-                         "only once, and fitting and guarding take a pass each")
+        raise ValueError("batches is empty: pass a list or a DataLoader, as a generator can be "
+                         "read only once")
 
 
 def _checked(loss: Tensor, number: int, differentiable: bool = True) -> Tensor:
@@ -945,9 +944,8 @@ def _groups(layers: dict[str, LoRALinear], size: int | None) -> list[dict[str, L
 def _check_rereadable(batches: Iterable | None, passes: int) -> None:
     with _as_one():
         if passes > 1 and isinstance(batches, Iterator):
-            raise ValueError(f"{type(batches).__name__} can be read only once, and each "
-                             "layers_per_pass and the guard read the batches anew: pass a list or "
-                             "a DataLoader")
+            raise ValueError(f"{type(batches).__name__} can be read only once, and {passes} passes "
+                             "are to come: pass a list or a DataLoader")
 
 
 def _loss_and_rows(model: nn.Module, batch: object, loss_fn: Callable, mask_fn: Callable | None,
@@ -1019,8 +1017,8 @@ def save_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     if not layers or "" in layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear below it: call add_lora first")
     if (folder / "adapter_model.safetensors").exists():
-        raise FileExistsError(f"{folder} has an adapter_model.safetensors, which would be read in "
-                              "place of the new adapter_model.bin: save to another folder")
+        raise FileExistsError(f"adapter_model.safetensors in {folder} would be read in place of "
+                              "the new file: save to another folder")
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {n: float(f"{layer.scaling * ranks[n]:.15g}") for n, layer in layers.items()}
     r, alpha = (next(iter(values.values())) for values in (ranks, alphas))
