@@ -835,10 +835,9 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = layer.lora_A.new_empty(high, layer.in_features)
             nn.init.kaiming_uniform_(A_high, a=math.sqrt(5))
-            layer.set_factors(layer.lora_B.new_zeros(layer.out_features, high), A_high)
+            layer.lora_A = nn.Parameter(A_high, requires_grad=train_A)
+            layer.lora_B = nn.Parameter(layer.lora_B.new_zeros(layer.out_features, high))
             layer.scaling = 1.0
-            layer.lora_A.requires_grad_(train_A)
-            layer.lora_B.requires_grad_(True)
         _train(model, batches, loss_fn, mask_fn, lr)
         factors = {}
         for name, layer in layers.items():
