@@ -588,10 +588,9 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
 
 def _zeros(layer: nn.Linear, backward: bool) -> Statistics:
     n_out, n_in = layer.weight.shape
-    zeros = functools.partial(torch.zeros, device=layer.weight.device,
-                              dtype=torch.promote_types(layer.weight.dtype, torch.float32))
-    more = (zeros(n_out, n_in), zeros(n_out)) if backward else ()
-    return Statistics(0, zeros(n_in, n_in), *more)
+    shapes = [(n_in, n_in), (n_out, n_in), (n_out,)] if backward else [(n_in, n_in)]
+    dtype, device = torch.promote_types(layer.weight.dtype, torch.float32), layer.weight.device
+    return Statistics(0, *(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def _average(sums: dict[str, Statistics]) -> None:
