@@ -1019,7 +1019,7 @@ def save_peft(model: nn.Module, folder: str | os.PathLike) -> None:
                               "the new file: save to another folder")
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {n: float(f"{layer.scaling * ranks[n]:.15g}") for n, layer in layers.items()}
-    r, alpha = (next(iter(values.values())) for values in (ranks, alphas))
+    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     # In a list PEFT takes a name for a suffix; a string is a regular expression, and exact.
     suffixes = tuple(f".{name}" for name in layers)
     mixed = any(n.endswith(suffixes) and n not in layers for n, _ in model.named_modules())
