@@ -530,16 +530,14 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     it returns a dict of such masks by layer name, None where every row counts. `batches` has to
     end. With `backward=False` only Z is taken, without gradients, and any return value will do.
 
-    How: a forward hook keeps x for a hook on the gradient of y; there both are in hand. Nothing is
-    trained, so no weight's gradient exists. A row that activation checkpointing computes twice is
-    counted once, as its gradient arrives once. Layers that share an input tensor (q, k, v) share
-    its product xᵀx, of which only a triangle is computed. Sums are in float32 at least. In several
-    processes each passes its own batches, and all get the means over the rows of all.
+    How: a forward hook keeps x for a hook on the gradient of y; there both are in hand, and no
+    weight needs a gradient. Activation checkpointing counts no row twice, as a gradient arrives
+    once. Layers that share an input tensor (q, k, v) share its xᵀx. In several processes each
+    passes its own batches, and all get the means over the rows of all.
 
     Cost: one forward and one backward pass of activations, plus 2·rows·in·out flops for G and
     about 1.2·rows·in² for Z; memory in² + out·in + out floats a layer, and one batch of inputs.
-    Leaves no trace: modes, requires_grad, .grad, adapters, hooks and the random state are as
-    before, also after an error.
+    The model is left as it was, hooks and the random state too, also after an error.
 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
