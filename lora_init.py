@@ -779,17 +779,14 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     every B; after 10 halvings set B = 0. So no start is worse than the pre-trained model there.
     It costs 2 to 12 more forward passes over `batches`.
 
-    `layers_per_pass` bounds the memory: so many layers at a time, each time a pass over `batches`,
-    and the same bits as in one pass. Peak, in floats: the sum of in² + out·in + out over the
-    layers of a pass, plus the larger of a batch's activations and the work on one layer,
-    5·in² + out·in + in·max(in, out), less above in = 1024
-    (test_the_peak_memory_is_what_is_documented).
+    `layers_per_pass` bounds the memory: so many layers at a time, a pass over `batches` each, to
+    the same bits. Peak, in floats: the sum of in² + out·in + out over the layers of a pass, plus
+    the larger of a batch's activations and the work on one layer, 5·in² + out·in + in·max(in, out),
+    less above in = 1024 (test_the_peak_memory_is_what_is_documented).
 
-    In several processes (torchrun) every one makes the call, with batches of its own, on the same
-    model, unwrapped; all end with the same bits, those of one process up to rounding.
-
-    All layers succeed or none changes; the random state is left alone; the same seed gives the
-    same bits. Raises ValueError, the layer named.
+    In several processes (torchrun) each makes the call on the same unwrapped model, with its own
+    batches; all end with the same bits, those of one process up to rounding. The same seed gives
+    the same bits. All layers succeed or none changes. Raises ValueError, the layer named.
     """
     def fit(layer: LoRALinear, total: Statistics) -> tuple[Tensor, Tensor]:
         if identity_fisher:
