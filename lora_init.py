@@ -1046,12 +1046,10 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
     """Give the model the adapters that `save_peft` or PEFT wrote to `folder`; returns them by name.
 
     Adapters that the model has take the saved factors and scale; other layers are adapted first,
-    as by `add_lora`. adapter_model.safetensors goes before adapter_model.bin and needs the
-    package safetensors.
-    Raises ValueError, and changes nothing, where file and model differ in a layer or a shape,
-    where the model has an adapter that the file lacks, for NaN or Inf, and for a PEFT method other
-    than LoRA (or rsLoRA) on linear layers, or one that changes W as well (PiSSA); TypeError as in
-    `add_lora`.
+    as by `add_lora`. adapter_model.safetensors (needs the package) goes before adapter_model.bin.
+    Raises, and changes nothing: ValueError where layers or shapes differ, the model has an adapter
+    that the file lacks, a number is NaN or Inf, or the file holds more than LoRA (or rsLoRA) on
+    linear layers, such as a changed W (PiSSA); TypeError as in `add_lora`.
     """
     config, saved = _read_peft(Path(folder))
 
