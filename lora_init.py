@@ -605,7 +605,7 @@ def _average(sums: dict[str, Statistics]) -> None:
             if isinstance(moment, Tensor):  # not the count
                 _sum_up(moment).div_(total.count)
                 if not moment.isfinite().all():
-                    raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check the data")
+                    raise ValueError(f"layer '{name}': {field} holds NaN or Inf: check data, loss")
 
 
 @contextmanager
