@@ -889,14 +889,13 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
         _check_rereadable(batches, len(groups) + guard)
         _check_rereadable(pretrain_batches, len(groups))
         for group in groups:
-            moments = [collect_statistics(model, group, data, loss_fn, backward=False,
-                                          mask_fn=mask_fn)
-                       for data in (batches, pretrain_batches) if data is not None]
+            passes = [collect_statistics(model, group, data, loss_fn, backward=False,
+                                         mask_fn=mask_fn)
+                      for data in (batches, pretrain_batches) if data is not None]
             for name, layer in group.items():
+                Z = (statistics.pop(name).input_moment for statistics in passes)  # freed after use
                 with _naming(name):
-                    factors[name] = cntlora(layer.weight, *(m.pop(name).input_moment
-                                                            for m in moments),
-                                            rank=ranks[name], damping=damping)
+                    factors[name] = cntlora(layer.weight, *Z, rank=ranks[name], damping=damping)
         if rank_budget is not None:
             spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
             ranks = allocate_ranks(spectra, rank_budget)
