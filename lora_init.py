@@ -733,9 +733,10 @@ def _several() -> bool:
 
 def _gathered(value: object) -> list:
     """The value on each process of the default group, in order; without a group, the one value."""
-    values = [value] * (distributed.get_world_size() if _several() else 1)
-    if _several():
-        distributed.all_gather_object(values, value)
+    if not _several():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
     return values
 
 
