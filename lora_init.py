@@ -928,10 +928,10 @@ def _shortened(B: Tensor, A: Tensor, weight: Tensor, scale: float | None) -> Ten
 
 def _groups(layers: dict[str, LoRALinear], size: int | None) -> list[dict[str, LoRALinear]]:
     """`size` layers at a time; all at once for None."""
-    names, size = list(layers), len(layers) if size is None else size
+    size, items = len(layers) if size is None else size, list(layers.items())
     if size < 1:
         raise ValueError(f"layers_per_pass {size} is not at least 1")
-    return [{name: layers[name] for name in names[i:i + size]} for i in range(0, len(names), size)]
+    return [dict(items[i:i + size]) for i in range(0, len(items), size)]
 
 
 def _check_rereadable(batches: Iterable | None, passes: int) -> None:
@@ -972,7 +972,8 @@ def _guard(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batches:
                 loss, rows = _loss_and_rows(model, batch, loss_fn, mask_fn)
                 if factor == 0.0:
                     _checked(loss, number, differentiable=False)
-                total, count = total + rows * float(loss), count + rows
+                total += rows * float(loss)
+                count += rows
         totals, counts = zip(*_gathered((total, count)))
         return sum(totals) / sum(counts)
 
