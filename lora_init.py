@@ -1081,11 +1081,11 @@ def load_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, LoRALine
         raise ValueError(f"{folder} lacks the model's adapters {sorted(lacking)}: merge them first")
     if fresh:
         add_lora(model, 1, targets=fresh.__contains__)
-    for name, factors in saved.items():
-        layer = model.get_submodule(name)
-        layer.set_factors(factors["B"], factors["A"])
+    adapters = {name: model.get_submodule(name) for name in saved}
+    for name, layer in adapters.items():
+        layer.set_factors(saved[name]["B"], saved[name]["A"])
         layer.scaling = scalings[name]
-    return {name: model.get_submodule(name) for name in saved}
+    return adapters
 
 
 def _read_peft(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
