@@ -937,8 +937,8 @@ def _groups(layers: dict[str, LoRALinear], size: int | None) -> list[dict[str, L
 def _check_rereadable(batches: Iterable | None, passes: int) -> None:
     with _as_one():
         if passes > 1 and isinstance(batches, Iterator):
-            raise ValueError(f"{type(batches).__name__} can be read only once, and {passes} passes "
-                             "are to come: pass a list or a DataLoader")
+            raise ValueError(f"{type(batches).__name__} can be read only once, not {passes} "
+                             "times: pass a list or a DataLoader")
 
 
 def _loss_and_rows(model: nn.Module, batch: object, loss_fn: Callable, mask_fn: Callable | None,
