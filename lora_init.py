@@ -181,7 +181,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
             raise ValueError(f"target '{target}' matches no module below {type(model).__name__}; "
                              f"near names: {', '.join(near) or 'none, it holds no nn.Linear'}")
     names = list(dict.fromkeys(name for hit in hits.values() for name in hit))
-    names = list({modules[name]: name for name in reversed(names)}.values())[::-1]  # first names
+    # Of the names of one module the first stays: the later a key is set, the more it counts.
+    names = list({modules[name]: name for name in reversed(names)}.values())[::-1]
     for name in names:
         _check_adaptable(name, modules[name], rank, alpha)
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -542,21 +543,21 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     Raises ValueError for empty batches, a loss that is not a finite scalar with a gradient, a mask
     of another shape, a layer that no gradient reached, and NaN or Inf in a layer's statistics.
     """
-    nothing = None, None, None, None  # an input, its version, its mask, its xᵀx
-    masks, last = None, nothing
+    masks = gram = None
+    last = none = None, None, None  # the last input, its version and its mask; gram is its xᵀx
 
     @_plain_arithmetic
     def accumulate(name: str, x: Tensor, version: int, g: Tensor | None) -> None:
-        nonlocal last
+        nonlocal last, gram
         mask = _mask(masks, name, x)
         if _version(x) != version:
             raise ValueError(f"layer '{name}': its input {tuple(x.shape)} was changed in place "
                              "after the call: write x = x + …, not x += …")
         total, rows = sums[name], _rows(x, mask)  # (rows, in)
         if x.is_inference() or not (x is last[0] and version == last[1] and mask is last[2]):
-            last = x, version, mask, _lower_gram(rows)
+            last, gram = (x, version, mask), _lower_gram(rows)
         total.count += len(rows)
-        total.input_moment += last[3]
+        total.input_moment += gram
         if g is not None:
             g, unit = _rows(g, mask), len(rows) / 1024  # (rows, out)
             total.gradient.addmm_(g.mT, rows, alpha=unit)
@@ -576,7 +577,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
         sums = {name: _zeros(layer, backward) for name, layer in layers.items()}
         with _as_one(), _watching(layers, watch):
             for number, batch in _numbered(batches):
-                masks, last = mask_fn(batch) if mask_fn else None, nothing
+                masks, last = mask_fn(batch) if mask_fn else None, none
                 loss = loss_fn(model, batch)
                 if backward:  # times 1024, which is exact: in half precision small g's survive
                     _checked(loss, number).backward(torch.full_like(loss, 1024))
