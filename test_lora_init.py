@@ -136,7 +136,7 @@ def test_a_fresh_adapter_leaves_the_function_unchanged(p, leading):
     x = p.normal(*leading, p.n_in)
     before = linear.eval()(x)
     layer = LoRALinear(linear, p.rank)
-    assert torch.equal(layer(x), before) and not layer.training
+    assert torch.equal(layer(x), before) and not layer.training and layer.scaling == 1
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert not layer.weight.requires_grad
     assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
