@@ -135,12 +135,15 @@ def test_a_fresh_adapter_leaves_the_function_unchanged(p, leading):
     linear = nn.Linear(p.n_in, p.n_out, dtype=torch.float64)
     x = p.normal(*leading, p.n_in)
     before = linear.eval()(x)
+    torch.manual_seed(p.rank)
     layer = LoRALinear(linear, p.rank)
+    torch.manual_seed(p.rank)  # Kaiming-uniform, a = √5, and no other random number is drawn
+    A = nn.init.kaiming_uniform_(torch.empty_like(layer.lora_A), a=math.sqrt(5))
+    assert torch.equal(layer.lora_A, A) and A.abs().max() <= 1 / math.sqrt(p.n_in)
     assert torch.equal(layer(x), before) and not layer.training and layer.scaling == 1
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert not layer.weight.requires_grad
     assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
-    assert 0 < layer.lora_A.abs().max() <= 1 / math.sqrt(p.n_in)  # Kaiming-uniform, a = √5
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
 
 
@@ -1008,6 +1011,14 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
     assert init_lora_da(model, batch, loss_fn, scale=1.0, damping=0.0, guard=False) == 1.0
     assert near(model[0].delta_weight(), eye(1))
 
+    def by_target(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean() / 2
+
+    x = torch.ones(9, 1, dtype=torch.float64)
+    uneven = [(x[:1], 2.0), (x, 0.9)]  # all rows want 1.01, the batches' mean would be 1.45
+    assert init_lora_da(model, uneven, by_target, scale=None, damping=0.0) == 0.125
+    assert near(model[0].delta_weight(), 0.125 * 0.01 / 0.109 * eye(1))
+
 
 def test_lora_da_on_a_model_is_lora_da_on_its_statistics():
     """Each layer: (B, A) = lora_da(G, Z, Y), n_train = rows; ‖s·BA‖₂ ≤ scale·‖W‖₂, or untouched."""
@@ -1034,13 +1045,18 @@ def test_cntlora_on_a_model_is_cntlora_on_its_moments():
     model, batches = net(), batched(rows_of_data(9), [4, 5])
     old = batched(rows_of_data(9, 1), [9])
     Z_f, Z_p = (collect(model, b, mean_loss) for b in (batches, old))
-    for pretrain in (None, old):
+    for pretrain, scale in ((None, None), (old, None), (None, 0.03)):
         init_cntlora(model, batches, lambda m, b: m(b[0]), pretrain_batches=pretrain, damping=0.2,
-                     scale=None, guard=False)
+                     scale=scale, guard=False)
         for name, layer in lora_layers(model).items():
             B, A = cntlora(layer.weight, Z_f[name].input_moment,
                            Z_p[name].input_moment if pretrain else None, rank=2, damping=0.2)
-            assert near(layer.delta_weight(), B @ A) and near(layer.lora_A, A)
+            delta = B @ A
+            if scale is not None:
+                top, most = (torch.linalg.svdvals(m)[0] for m in (delta, scale * layer.weight))
+                assert top > most
+                delta *= most / top
+            assert near(layer.delta_weight(), delta) and near(layer.lora_A, A)
 
 
 def test_cntlora_spends_a_rank_budget_over_layers():
