@@ -1666,7 +1666,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -1777,7 +1777,7 @@ def test_a_save_that_fails_leaves_the_older_adapter(tmp_path, monkeypatch):
 def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(tmp_path, spoil, message):
     save_peft(differently_adapted(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    tensors, model = torch.load(tmp_path / "adapter_model.bin"), alike()
+    tensors, model = torch.load(tmp_path / "adapter_model.bin", weights_only=True), alike()
     spoil(model, config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     torch.save(tensors, tmp_path / "adapter_model.bin")
@@ -2002,7 +2002,7 @@ def test_the_readmes_path_to_scale_runs_under_torchrun(tmp_path):
         done = subprocess.run([sys.executable, *launcher, "calibrate.py"], cwd=tmp_path, check=True,
                               env={**os.environ, "PYTHONPATH": here}, stdout=subprocess.PIPE)
         assert done.stdout.decode() == expected
-        adapters.append(torch.load(tmp_path / "adapter" / "adapter_model.bin"))
+        adapters.append(torch.load(tmp_path / "adapter" / "adapter_model.bin", weights_only=True))
         (tmp_path / "adapter" / "adapter_model.bin").unlink()
     for name in (name for name in adapters[0] if "lora_A" in name):
         one, two = (a[name.replace("lora_A", "lora_B")] @ a[name] for a in adapters)
