@@ -500,7 +500,7 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
                          "and no more than there are singular values")
     extra = [(-s, name) for name, spectrum in spectra.items() for s in spectrum.tolist()[1:]]
     ranks = dict.fromkeys(spectra, 1)
-    for _, name in sorted(extra, key=lambda pair: pair[0])[: budget - len(spectra)]:
+    for _, name in sorted(extra)[: budget - len(spectra)]:
         ranks[name] += 1
     return ranks
 
