@@ -303,6 +303,14 @@ def test_what_cannot_be_adapted_is_refused_by_name_and_nothing_changes(kwargs, e
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("module", "rank", "alpha", "error"), [
+    (conv1d(), 1, None, TypeError), (nn.Linear(3, 2), 3, None, ValueError),
+    (nn.Linear(3, 2), 1, -1.0, ValueError)])
+def test_a_layer_made_alone_is_checked_too(module, rank, alpha, error):
+    with pytest.raises(error, match="'linear'"):
+        LoRALinear(module, rank, alpha)
+
+
 # ---------------------------------------------------------------------------- LoRA-DA
 
 
@@ -430,7 +438,7 @@ def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum, dtype):
     elif spectrum == "ill-conditioned":  # eleven decades, the lowest well apart
         values = -torch.logspace(0, -11, n, dtype=torch.float64, base=10) ** 4
     elif spectrum == "clustered":  # five equal eigenvalues: any basis of their space will do
-        values = torch.cat([-torch.ones(rank), torch.linspace(-0.5, 0, n - rank)]).double()
+        values = 1e-3 * torch.cat([-torch.ones(rank), torch.linspace(-0.5, 0, n - rank)]).double()
     Q, calls = p.orthogonal(n), []
 
     def apply(V: Tensor) -> Tensor:
@@ -440,10 +448,10 @@ def test_wide_layers_get_the_eigenvectors_of_eigh(spectrum, dtype):
     V = lora_init._lowest_eigenvectors(apply, rank, Q.to(dtype)).double()
     assert (n in calls) == (spectrum == "no gap")  # the exact way after all
     assert near(V.mT @ V, eye(rank), 1e-5)
-    assert abs((values * (Q.mT @ V).square().sum(dim=1)).sum() - values[:rank].sum()) < 1e-5
-    image = (Q * values) @ (Q.mT @ V)
+    image, size = (Q * values) @ (Q.mT @ V), values.abs().max()
+    assert abs((V * image).sum() - values[:rank].sum()) < 1e-5 * size
     residual = (image - V @ (V.mT @ image)).norm(dim=0).max()
-    assert residual <= 2e-5 * values.abs().max()
+    assert residual <= 2e-5 * size
     if spectrum not in ("no gap", "rank 3"):
         assert near(V @ V.mT, Q[:, :rank] @ Q[:, :rank].mT, 1e-3)
 
@@ -472,6 +480,9 @@ def test_wide_layers_get_the_singular_vectors_of_the_svd():
     norm, length = (torch.linalg.matrix_norm(M, 2) for M in (W, B @ A))
     shortened = lora_init._shortened(B, A, W, (0.5 * length / norm).item())
     assert 0.98 * 0.5 <= (shortened.norm() / B.norm()) <= 0.5
+    assert near(lora_init._shortened(B.double(), A.double(), W, (0.5 * length / norm).item()),
+                shortened.double(), 0.02)
+    assert not lora_init._shortened(0 * B, A, 0 * W, 0.01).any()
 
 
 def test_the_functions_take_keywords():
@@ -566,6 +577,7 @@ def test_the_monge_map_carries_one_moment_to_the_other(p):
         return (vectors * values**exponent) @ vectors.mT
 
     assert not monge_map(Z_f.clone().requires_grad_(), Z_p).requires_grad
+    assert not monge_map(Z_f, 0 * Z_p).any()
     half, inverse_half = power(Z_f, 0.5), power(Z_f, -0.5)
     assert near(T, inverse_half @ power(half @ Z_p @ half, 0.5) @ inverse_half, 1e-6)
 
@@ -942,6 +954,13 @@ def test_statistics_leave_no_trace_and_no_gradient_of_a_weight():
             collect_statistics(model, lora_layers(model), batches, loss_fn)
     assert same(before, snapshot(model)) and not any(needs)
 
+    @torch.enable_grad()
+    def forward(model, batch):
+        return model(batch[0].clone().requires_grad_())
+
+    totals = collect_statistics(model, lora_layers(model), batches, forward, backward=False)
+    assert not any(total.input_moment.requires_grad for total in totals.values())
+
 
 def test_a_layer_that_no_row_reached_and_one_that_overflowed_are_named():
     model, data = net(), [rows_of_data(4)]
@@ -1160,6 +1179,9 @@ def test_batches_that_can_be_read_once_only_are_refused_where_they_are_read_twic
         with pytest.raises(ValueError, match="list_iterator can be read only once.*pass a list"):
             init(model, iterator, mean_loss, **kwargs)
         assert len(list(iterator)) == 2
+    if init is init_cntlora:
+        with pytest.raises(ValueError, match="list_iterator can be read only once, not 3 times"):
+            init(model, batches, mean_loss, pretrain_batches=iter(batches), layers_per_pass=1)
 
     class Dry:  # no iterator, and yet it gives its batches once
         source = iter(batches)
@@ -1757,6 +1779,9 @@ def test_saved_and_loaded_is_the_same_function(tmp_path):
     add_lora(thin, 1)
     save_peft(thin, tmp_path)
     assert torch.equal(load_peft(bare, tmp_path)["0"].lora_A, thin[0].lora_A)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA"}))
+    assert load_peft(bare, tmp_path)["0"].scaling == 8  # PEFT's default for alpha
     files = sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir())
     assert files == ["adapter_config.json", "adapter_model.bin"]
 
