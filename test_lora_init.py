@@ -496,6 +496,20 @@ def test_the_functions_take_keywords():
         assert all(torch.equal(a, b) for a, b in zip(by_name, by_place))
 
 
+def test_autocast_does_not_reach_into_the_functions():
+    """In half precision a subspace, a square root or a Newton step would be off by percents."""
+    p = Problem(4, 3, 2, 10.0, torch.Generator().manual_seed(0))
+    G, Z, Y = (t.float() for t in (p.normal(4, 3), p.spd(3), p.positive(4)))
+
+    def results() -> list[Tensor]:
+        return [*lora_da(G, Z, Y, 2, 9), *hrp(G, Z, 2), *cntlora(G, Z, 2 * Z + Y[0], rank=2),
+                monge_map(Z, 2 * Z + Y[0])]
+
+    outside = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(results(), outside))
+
+
 def test_what_is_left_out_is_what_the_pages_say():
     """The theory's weight 1, damping 0.1, a step of 1 %, rank 64 at rate 0.002, a guard, seed 0."""
     model = {"damping": 0.1, "scale": 0.01, "guard": True, "seed": 0, "mask_fn": None,
@@ -1039,6 +1053,9 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
     uneven = [(x[:1], 2.0), (x, 0.9)]  # all rows want 1.01, the batches' mean would be 1.45
     assert init_lora_da(model, uneven, by_target, scale=None, damping=0.0) == 0.125
     assert near(model[0].delta_weight(), 0.125 * 0.01 / 0.109 * eye(1))
+    for exponent, expected in ((-10, 2**-10), (-11, 0.0)):  # ten halvings, and no more
+        last = [(x, 1 + 0.75 * 2.0**exponent)]
+        assert init_lora_da(model, last, by_target, scale=1.0, damping=0.0) == expected
 
 
 def test_lora_da_on_a_model_is_lora_da_on_its_statistics():
@@ -1269,7 +1286,7 @@ def test_the_guard_sees_the_same_batches_each_time(init, own):
 
 @pytest.mark.parametrize(("init", "kwargs", "message"), [
     (init_lora_da, {"n_train": 0}, "'q': n_train 0"),
-    (init_lora_da, {"scale": -1.0}, "scale -1.0"),
+    (init_lora_da, {"scale": 0.0}, "scale 0.0"),
     (init_cntlora, {"scale": math.nan}, "scale nan"),
     (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below rank 2"),
     (init_hrp, {"lr": 0.0}, "lr 0.0 not positive"),
