@@ -158,7 +158,9 @@ def test_forward_delta_weight_and_merged_are_one_function(p, alpha):
         y = torch.einsum("...i,oi->...o", x, dense) + layer.bias
         assert layer.rank == rank
         assert near(layer(x), y) and near(layer.delta_weight(), dense - layer.weight)
-        assert type(layer.merged()) is nn.Linear and near(layer.merged()(x), y)
+        merged = layer.merged()
+        assert type(merged) is nn.Linear and near(merged(x), y)
+        assert merged.bias.data_ptr() != layer.bias.data_ptr()  # its own: it may be trained
     layer.scaling = 0.0
     layer.lora_A.data.fill_(math.nan)
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
@@ -294,6 +296,7 @@ def conv1d() -> nn.Module:
     ({"rank": 2.0}, TypeError, "integer"),
     ({"rank": 0}, ValueError, r"'head': rank 0 is not in 1\.\.4"),
     ({"alpha": 0.0}, ValueError, "alpha 0.0"),
+    ({"alpha": math.inf}, ValueError, "alpha inf"),
 ])
 def test_what_cannot_be_adapted_is_refused_by_name_and_nothing_changes(kwargs, error, message):
     model = Tiny()
@@ -1287,9 +1290,11 @@ def test_the_guard_sees_the_same_batches_each_time(init, own):
 @pytest.mark.parametrize(("init", "kwargs", "message"), [
     (init_lora_da, {"n_train": 0}, "'q': n_train 0"),
     (init_lora_da, {"scale": 0.0}, "scale 0.0"),
-    (init_cntlora, {"scale": math.nan}, "scale nan"),
+    (init_cntlora, {"scale": math.inf}, "scale inf"),
     (init_hrp, {"preheat_rank": 1}, "preheat_rank 1 is below rank 2"),
     (init_hrp, {"lr": 0.0}, "lr 0.0 not positive"),
+    (init_hrp, {"lr": math.inf}, "lr inf not positive and finite"),
+    (init_lora_da, {"variance": math.inf}, "variance inf"),
     (init_lora_da, {"seed": 1}, "'k' has scaling inf"),
     (init_lora_da, {"seed": 2}, "'k': B overflows at scaling 1e-320"),
     (init_hrp, {}, "'unused' got no gradient"),
