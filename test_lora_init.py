@@ -1053,7 +1053,7 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
         return (model(batch[0]) - batch[1]).square().mean() / 2
 
     x = torch.ones(9, 1, dtype=torch.float64)
-    uneven = [(x[:1], 2.0), (x, 0.9)]  # all rows want 1.01, the batches' mean would be 1.45
+    uneven = [(x[None, :1], 2.0), (x[None], 0.9)]  # rows want 1.01, the batches' mean is 1.45
     assert init_lora_da(model, uneven, by_target, scale=None, damping=0.0) == 0.125
     assert near(model[0].delta_weight(), 0.125 * 0.01 / 0.109 * eye(1))
     for exponent, expected in ((-10, 2**-10), (-11, 0.0)):  # ten halvings, and no more
