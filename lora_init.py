@@ -241,7 +241,7 @@ def _check_tensors(damping: float, **named: tuple[Tensor, tuple[int, ...]]) -> l
         if not tensor.isfinite().all():
             raise ValueError(f"{name} {shape} holds NaN or Inf: check the data, or lower its scale")
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.detach().to(dtype) for tensor, _ in named.values()]
+    return [tensor.to(dtype) for tensor, _ in named.values()]
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:

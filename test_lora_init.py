@@ -158,7 +158,8 @@ def test_forward_delta_weight_and_merged_are_one_function(p, alpha):
         y = torch.einsum("...i,oi->...o", x, dense) + layer.bias
         assert layer.rank == rank
         assert near(layer(x), y) and near(layer.delta_weight(), dense - layer.weight)
-        merged = layer.merged()
+        state, merged = torch.get_rng_state(), layer.merged()
+        assert torch.equal(state, torch.get_rng_state())
         assert type(merged) is nn.Linear and near(merged(x), y)
         assert merged.bias.data_ptr() != layer.bias.data_ptr()  # its own: it may be trained
     layer.scaling = 0.0
@@ -1056,6 +1057,7 @@ def test_the_guard_takes_the_first_factor_that_is_no_worse():
     uneven = [(x[None, :1], 2.0), (x[None], 0.9)]  # rows want 1.01, the batches' mean is 1.45
     assert init_lora_da(model, uneven, by_target, scale=None, damping=0.0) == 0.125
     assert near(model[0].delta_weight(), 0.125 * 0.01 / 0.109 * eye(1))
+    assert init_lora_da(model, [(x, 1.0)], by_target) == 1.0  # no gradient, no step, no worse
     for exponent, expected in ((-10, 2**-10), (-11, 0.0)):  # ten halvings, and no more
         last = [(x, 1 + 0.75 * 2.0**exponent)]
         assert init_lora_da(model, last, by_target, scale=1.0, damping=0.0) == expected
