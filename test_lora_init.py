@@ -1804,6 +1804,7 @@ def test_saved_and_loaded_is_the_same_function(tmp_path):
     save_peft(thin, tmp_path)
     assert torch.equal(load_peft(bare, tmp_path)["0"].lora_A, thin[0].lora_A)
     file = tmp_path / "adapter_config.json"
+    assert json.loads(file.read_text())["target_modules"] == ["0"]
     file.write_text(json.dumps({"peft_type": "LORA"}))
     assert load_peft(bare, tmp_path)["0"].scaling == 8  # PEFT's default for alpha
     files = sorted(file.name for file in (tmp_path / "new" / "adapter").iterdir())
