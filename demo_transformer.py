@@ -1,119 +1,81 @@
 # SPDX-License-Identifier: MIT
-"""Three data-driven LoRA starts on a language model: from Python source to English prose.
+"""Data-driven LoRA starts on a small language model: from Python source to English prose.
 
-A small decoder-only transformer with bytes as tokens is pre-trained on the source of Python's
-standard library and fine-tuned on the language reference (`pydoc_data.topics`), both of which
-every Python carries. Every method gets the same pre-trained weights, batches, steps and sweep of
-learning rates; HRP's preheating counts as steps. Finally the *capture* asks, with no learning rate
-in it, how much of what full fine-tuning changed each starting A could have expressed.
-Under torchrun each process takes its share of every batch.
+A decoder-only transformer with bytes as tokens is pre-trained on the source of Python's standard
+library, then fine-tuned on the language reference (`pydoc_data.topics`): every Python carries both.
+It is LoRA's own setting, where a start matters: adapters on q and v, low rank, few steps. Methods
+are compared within a seed, whose batches they share; rates are chosen with the first seed on the
+development part of the text, losses told on its test part, a start's cost in training steps.
 """
 
 import argparse
 import copy
-import hashlib
-import importlib
-import io
-import itertools
+import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 import sysconfig
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-os.environ["KINETO_LOG_LEVEL"] = "6"  # or the profiler, asked for the peak memory, chats
+import lora_init
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from lora_init import (
-    add_lora,
-    collect_statistics,
-    init_cntlora,
-    init_hrp,
-    init_lora_da,
-    lora_layers,
-)
-
-METHODS = ("lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora", "cntlora_pretrain")
-TARGETS = ("q", "k", "v", "o", "up", "down")  # every linear layer of every block
+METHODS = ("lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora")
 PRESETS = {
     "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 8},
     "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
 }
 
-
-def option(default: object, text: str) -> object:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Args:
-    preset: str = option("auto", "small (0.9 M parameters), large (26 M), auto: large on a GPU")
-    device: str = option("auto", "cpu or cuda; auto takes a GPU where there is one")
-    rank: int = option(1, "rank of every adapter")
-    steps: int = option(120, "fine-tuning steps, of Adam with a linearly falling rate")
-    pretrain_steps: int = option(3000, "pre-training steps")
-    finetune_bytes: int = option(65536, "amount of fine-tuning text")
-    eval_batches: int = option(8, "held-out text, in batches")
-    calibration: int = option(8, "training batches that LoRA-DA, SVD and CNTLoRA look at")
-    preheat_steps: int = option(20, "HRP's preheating, out of its steps")
-    preheat_rank: int = option(64, "HRP's preheating rank")
-    preheat_lr: float = option(0.002, "HRP's preheating rate")
-    variance: float = option(1.0, "weight of LoRA-DA's variance term")
-    damping: float = option(0.1, "relative damping of the moments")
-    scale: float = option(0.01, "length of the first step, as a share of the weight's norm")
-    seeds: int = option(1, "number of seeds: of the starts and of the order of batches")
-    rates: str = option("0.04,0.16", "learning rates of the sweep, for all LoRA methods")
-    full_rates: str = option("0.0005,0.001,0.002", "learning rates of full fine-tuning")
-    methods: str = option(",".join(METHODS), "which starts to compare")
-    pretrain_text: str = option("", "a text file instead of the standard library's source")
-    finetune_text: str = option("", "a text file instead of the language reference")
-    tune: bool = option(False, "evaluate on the development part, as was done to choose defaults")
-    cache: str = option(".cache", "folder of the pre-trained weights")
-    json: str = option("", "write the numbers to this file")
-    plot: str = option("", "draw the loss curves to this file (needs matplotlib)")
-    fast: bool = option(False, "a minute's smoke test of the same code; its numbers mean nothing")
-
+    device: Annotated[str, "cpu or cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    preset: Annotated[str, "small (0.9 M parameters), large (26 M), auto: large on a GPU"] = "auto"
+    targets: Annotated[str, "layers to adapt in every block, among q,k,v,o,up,down"] = "q,v"
+    rank: Annotated[int, "rank of every adapter"] = 2
+    steps: Annotated[int, "fine-tuning steps, of Adam with a linearly falling rate"] = 40
+    pretrain_steps: Annotated[int, "pre-training steps"] = 1500
+    seeds: Annotated[int, "number of seeds: of the batches and of the starts"] = 3
+    rates: Annotated[str, "rates of LoRA methods"] = "0.005,0.01,0.02,0.04,0.08,0.16,0.32"
+    full_rates: Annotated[str, "those of full fine-tuning"] = "0.00025,0.0005,0.001,0.002,0.004"
+    methods: Annotated[str, "which starts to compare"] = ",".join(METHODS)
+    calibration: Annotated[int, "training batches that LoRA-DA, SVD and CNTLoRA look at"] = 4
+    preheat_steps: Annotated[int, "HRP's preheating, out of its steps"] = 10
+    preheat_lr: Annotated[float, "HRP's preheating rate"] = 0.01
+    finetune_bytes: Annotated[int, "fine-tuning text, held-out parts included"] = 81920
+    pretrain_text: Annotated[str, "a text file instead of the standard library's source"] = ""
+    finetune_text: Annotated[str, "a text file instead of the language reference"] = ""
+    json: Annotated[str, "write the runs to this file"] = ""
+    plot: Annotated[str, "draw the loss curves to this file (needs matplotlib)"] = ""
+    fast: Annotated[bool, "a minute's smoke test of the same code"] = False
 
 def parse_args() -> Args:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Args):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=f.metadata["help"], **kind)
+                            help=f.type.__metadata__[0], **kind)
     args = Args(**vars(parser.parse_args()))
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.preset == "auto":
         args.preset = "large" if args.device.startswith("cuda") else "small"
     if args.fast:
-        args.pretrain_steps, args.steps, args.preheat_steps, args.calibration = 40, 8, 3, 2
-        args.seeds, args.rates, args.full_rates, args.eval_batches = 2, "0.06", "0.001", 2
+        args.pretrain_steps, args.steps, args.preheat_steps = 40, 8, 3
+        args.seeds, args.rates, args.full_rates = 2, "0.02,0.04", "0.001"
     if args.preset not in PRESETS or not set(args.methods.split(",")) <= set(METHODS):
         parser.error(f"preset is one of {list(PRESETS)}; methods are among {','.join(METHODS)}")
-    if args.preheat_steps >= args.steps:
-        parser.error(f"{args.preheat_steps} preheating steps leave none of {args.steps}")
-    if args.plot:
-        try:
-            importlib.import_module("matplotlib")
-        except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     return args
 
-
 # ------------------------------------------------------------------------------ model and text
-
-
 class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -123,14 +85,13 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, t, c = x.shape  # sequences, positions, width
+        N, T, C = x.shape  # sequences, positions, width
         h = self.norm_1(x)
-        q, k, v = (project(h).view(n, t, self.heads, -1).transpose(1, 2)
-                   for project in (self.q, self.k, self.v))  # (n, heads, t, c / heads)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (n, heads, t, c / heads)
-        x = x + self.o(h.transpose(1, 2).reshape(n, t, c))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
-
+        q, k, v = (project(h).view(N, T, self.heads, -1).transpose(1, 2)
+                   for project in (self.q, self.k, self.v))  # (N, heads, T, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N, heads, T, C / heads)
+        x = x + self.o(h.transpose(1, 2).reshape(N, T, C))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))  # (N, T, C)
 
 class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, context: int):
@@ -140,19 +101,19 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
+        for name, parameter in self.blocks.named_parameters():  # learns faster than PyTorch's own
+            if "norm" not in name:
+                nn.init.normal_(parameter, std=0.02 * (parameter.dim() > 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.token(tokens) + self.position(places))))
-
+        x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (N, T, C)
+        return self.head(self.norm(self.blocks(x)))  # (N, T, 256)
 
 def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean −log p of the next byte, in nats; bf16 autocast on a GPU."""
-    device = batch.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        logits = model(batch[:, :-1])
+    """Mean −log p of the next byte, in nats; batch (N, T + 1). On a GPU in bf16 autocast."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
+        logits = model(batch[:, :-1])  # (N, T, 256)
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
 
 def read_texts(args: Args) -> tuple[bytes, bytes]:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -161,432 +122,279 @@ def read_texts(args: Args) -> tuple[bytes, bytes]:
         source = b"\n".join(file.read_bytes() for file in files)
         if args.finetune_text:
             return source, Path(args.finetune_text).read_bytes()
-    except OSError as error:
-        sys.exit(f"cannot read {error.filename}: {error.strerror}")
-    try:
         topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        sys.exit("this Python lacks pydoc_data.topics: pass --finetune-text FILE")
+    except (OSError, ImportError) as error:
+        sys.exit(f"{error}: pass --pretrain-text FILE, --finetune-text FILE")
     return source, "\n".join(topics[name] for name in sorted(topics)).encode()
-
 
 def split(text: bytes, need: int, name: str) -> dict[str, Tensor]:
     """Blocks of 2 KiB, dealt out ten at a time: 8 for training, 1 for development, 1 for test."""
     blocks = [text[i:i + 2048] for i in range(0, len(text), 2048)]
-    parts = {"train": [b for i, b in enumerate(blocks) if i % 10 < 8],
-             "dev": blocks[8::10], "test": blocks[9::10]}
-    tokens = {k: torch.frombuffer(bytearray(b"".join(v)), dtype=torch.uint8).long() if v
-              else torch.empty(0) for k, v in parts.items()}
-    if min(len(part) for part in tokens.values()) < need:
+    parts = {"train": b"".join(b for i, b in enumerate(blocks) if i % 10 < 8),
+             "dev": b"".join(blocks[8::10]), "test": b"".join(blocks[9::10])}
+    if min(map(len, parts.values())) < need:
         sys.exit(f"the {name} text has {len(text):,} bytes; each tenth of it must have {need:,}")
-    return tokens
+    return {k: torch.frombuffer(bytearray(v), dtype=torch.uint8).long() for k, v in parts.items()}
 
+def draw(tokens: Tensor, count: int, seed: int, args: Args) -> list[Tensor]:
+    """`count` batches of random windows, (batch, context + 1) each."""
+    size, generator = PRESETS[args.preset]["context"] + 1, torch.Generator().manual_seed(seed)
+    shape = (count, PRESETS[args.preset]["batch"], 1)
+    starts = torch.randint(len(tokens) - size, shape, generator=generator)
+    return list(tokens[starts + torch.arange(size)].to(args.device))
 
-def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if not distributed.is_initialized():
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def join(args: Args) -> None:
-    """Under torchrun: join the group, take a GPU of one's own, let the first process print."""
-    if "RANK" not in os.environ:
-        return
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    rank, processes = place()
-    if rank > 0:
-        sys.stdout = io.StringIO()  # the others keep silent
-    if PRESETS[args.preset]["batch"] % processes:
-        sys.exit(f"a batch of {PRESETS[args.preset]['batch']} cannot be shared by {processes}")
-
-
-def draw(tokens: Tensor, count: int, shape: dict, seed: int, device: str) -> list[Tensor]:
-    """`count` batches of random windows, this process's share of them, (batch, context + 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    size = shape["context"] + 1
-    starts = torch.randint(len(tokens) - size, (count, shape["batch"], 1), generator=generator)
-    rank, processes = place()
-    return list(tokens[starts[:, rank::processes] + torch.arange(size)].to(device))
-
-
-def windows(tokens: Tensor, shape: dict, device: str, most: int) -> list[Tensor]:
-    """Up to `most` batches of adjoining windows from the start: the fixed held-out text."""
-    rows = tokens.unfold(0, shape["context"] + 1, shape["context"])
-    return list(rows[: most * shape["batch"]].to(device).split(shape["batch"]))
-
+def windows(tokens: Tensor, args: Args) -> list[Tensor]:
+    """All of a held-out text, up to 8 batches of adjoining windows."""
+    rows = tokens.unfold(0, PRESETS[args.preset]["context"] + 1, PRESETS[args.preset]["context"])
+    return list(rows.to(args.device).split(PRESETS[args.preset]["batch"])[:8])
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: list[Tensor]) -> float:
-    return statistics.fmean(loss_fn(model, batch).item() for batch in held_out)
+def evaluate(model: nn.Module, batches: list[Tensor]) -> float:
+    return torch.stack([loss_fn(model, batch) for batch in batches]).mean().item()
 
-
-def pretrained(args: Args, tokens: dict[str, Tensor], shape: dict) -> Transformer:
-    """The pre-trained model, from the cache if what made it is the same."""
-    torch.manual_seed(0)
-    model = Transformer(*(shape[k] for k in ("width", "layers", "heads", "context")))
-    model.to(args.device)
-    kind = torch.device(args.device).type
-    made_by = json.dumps([shape, args.pretrain_steps, kind, torch.__version__]).encode()
-    key = hashlib.sha256(made_by + tokens["train"].numpy().tobytes()).hexdigest()[:16]
-    file = Path(args.cache) / f"pretrained-{key}.pt"
-    state = [None]
-    if file.exists() and place()[0] == 0:
-        try:
-            state = [torch.load(file, map_location="cpu", weights_only=True)]
-            model.load_state_dict(state[0])
-        except Exception as error:  # noqa: BLE001  damaged files raise many kinds, one remedy
-            print(f"{file} is damaged ({type(error).__name__}): pre-training anew")
-            state = [None]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(state)
-    if state[0] is not None:
-        model.load_state_dict(state[0])
-        print(f"pre-trained weights from {file}")
-        return model
-
-    batches = draw(tokens["train"], args.pretrain_steps, shape, 0, args.device)
-    for _ in train(model, batches, 2e-3, "pre-training"):
-        pass
-    if place()[0] == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
-    return model
-
-
-def train(model: nn.Module, batches: list[Tensor], lr: float, title: str = "") -> Iterator[int]:
-    """Adam, the rate falling linearly to 0; yields the number of steps done."""
+def train(model: nn.Module, batches: list, lr: float, warmup: int = 0) -> Iterator[tuple]:
+    """Adam, the rate falling linearly to 0; yields the steps done and the last one's seconds."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr)
-    if distributed.is_initialized():
-        model = DistributedDataParallel(model)
-    start = time.perf_counter()
+    optimizer = torch.optim.Adam(trained, lr, betas=(0.9, 0.95 if warmup else 0.999))
     for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
-        loss = loss_fn(model, batch)
+        began = clock()
+        share = min((step + 1) / (warmup + 1), 1 - step / len(batches))
+        optimizer.param_groups[0]["lr"] = lr * share
         optimizer.zero_grad()
-        loss.backward()
+        loss_fn(model, batch).backward()
         optimizer.step()
-        if title:
-            left = (time.perf_counter() - start) / (step + 1) * (len(batches) - step - 1)
-            progress(f"{title} {step + 1:4d}/{len(batches)}  loss {loss.item():.3f}  "
-                     f"{left:4.0f} s left")
-        yield step + 1
-    if title:
-        print()
+        yield step + 1, clock() - began
 
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # let the GPU finish first
+    return time.perf_counter()
+
+def pretrained(args: Args, tokens: Tensor) -> Transformer:
+    torch.manual_seed(0)
+    shape = PRESETS[args.preset]
+    model = Transformer(*(shape[k] for k in ("width", "layers", "heads", "context")))
+    batches = draw(tokens, args.pretrain_steps, 0, args)
+    for step, seconds in train(model.to(args.device), batches, 3e-3, warmup=100):
+        progress(f"pre-training, step {step} of {len(batches)}: "
+                 f"{seconds * (len(batches) - step):.0f} s left, then the comparison")
+    return model
 
 def progress(line: str, last: list[float] = [0.0]) -> None:  # noqa: B006  remembers its last call
     """One line, rewritten in a terminal; in a file, a new one every 20 seconds."""
     if sys.stdout.isatty():
-        print(f"\r{line:<78}", end="", flush=True)
+        print(f"\r{line:<90}", end="", flush=True)
     elif time.perf_counter() - last[0] > 20:
         last[0] = time.perf_counter()
         print(line, flush=True)
 
-
 # ------------------------------------------------------------------------------ the comparison
-
-
-def start(method: str, model: nn.Module, batches: list[Tensor], pretrain: list[Tensor],
-          args: Args, seed: int) -> None:
-    """Give the model's adapters the method's A and B."""
-    look = batches[: args.calibration]
-    rows = args.steps * batches[0][:, 1:].numel() * place()[1]  # what fine-tuning will see
-    same = {"damping": args.damping, "scale": args.scale, "seed": seed}
-    if method == "orthonormal":
-        for layer in lora_layers(model).values():
-            A = torch.linalg.qr(torch.randn_like(layer.lora_A).mT).Q.mT
-            layer.set_factors(layer.lora_B, A)
-    elif method == "gradient_svd":
-        init_lora_da(model, look, loss_fn, variance=0.0, identity_fisher=True, **same)
-    elif method == "lora_da":
-        init_lora_da(model, look, loss_fn, n_train=rows, variance=args.variance, **same)
-    elif method == "hrp":
-        init_hrp(model, batches[: args.preheat_steps], loss_fn, lr=args.preheat_lr,
-                 preheat_rank=args.preheat_rank, seed=seed)
-    elif method == "cntlora":
-        init_cntlora(model, look, loss_fn, **same)
-    elif method == "cntlora_pretrain":
-        init_cntlora(model, look, loss_fn, pretrain_batches=pretrain, **same)
-
-
 @dataclass
 class Run:
     method: str
     freeze_A: bool
     lr: float
     seed: int
-    loss_start: float
-    loss_final: float
-    steps: int
-    init_seconds: float
-    init_steps: float
-    init_peak: float
-    trainable: int
+    loss_start: float  # on the test part, as the curve
+    loss_dev: float
+    loss_test: float
+    init_steps: float  # seconds of the start / seconds of a training step
+    curve, trainable = (), 0  # [(step, loss), …]; without a type, so not in --json
 
+def start(method: str, model: nn.Module, batches: list[Tensor], old: list[Tensor], args: Args,
+          seed: int) -> None:
+    """Give the model's adapters the method's A and B."""
+    layers, look = lora_init.lora_layers(model), batches[: args.calibration]
+    if method == "orthonormal":
+        for layer in layers.values():
+            A = torch.linalg.qr(torch.randn_like(layer.lora_A).mT).Q.mT  # (r, in)
+            layer.set_factors(layer.lora_B, A)
+    elif method == "gradient_svd":  # A: the gradient's top right singular vectors; B stays 0
+        for name, total in lora_init.collect_statistics(model, layers, look, loss_fn).items():
+            Z, Y = torch.eye(total.gradient.shape[1]), torch.ones_like(total.output_fisher)
+            _, A = lora_init.lora_da(total.gradient, Z.to(Y), Y, args.rank, 1, variance=0.0)
+            layers[name].set_factors(layers[name].lora_B, A)
+    elif method == "lora_da":
+        lora_init.init_lora_da(model, look, loss_fn, n_train=args.steps * look[0][:, 1:].numel())
+    elif method == "hrp":
+        lora_init.init_hrp(model, batches[: args.preheat_steps], loss_fn, lr=args.preheat_lr,
+                           seed=seed)
+    elif method == "cntlora":
+        lora_init.init_cntlora(model, look, loss_fn, pretrain_batches=old)
 
-def peak_megabytes(call: Callable[[], None], device: str) -> float:
-    """The most that the call held in tensors at a time."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes), default=0) / 2**20
+def mean(row: list[Run], name: str) -> float:
+    return statistics.fmean(getattr(run, name) for run in row)
 
+def next_rate(rates: list[float], losses: dict[float, float]) -> float | None:
+    """Downhill from the middle of the sweep; None when both neighbours of the best are tried."""
+    best = min(losses, key=losses.get, default=rates[len(rates) // 2])
+    near = rates[max(rates.index(best) - 1, 0):rates.index(best) + 2]
+    return next((rate for rate in near if rate not in losses), None)
 
-def fine_tune(model: nn.Module, batches: list[Tensor], lr: float, held_out: list[Tensor],
-              done: int) -> tuple[list[tuple[int, float]], float]:
-    """[(step, held-out loss), …], the first `done` steps spent before, and seconds per step."""
-    every, curve, seconds = max(len(batches) // 5, 1), [(0, evaluate(model, held_out))], 0.0
-    clock = time.perf_counter()
-    for step in train(model, batches[done:], lr):
-        if step % every == 0 or step == len(batches) - done:
-            seconds += time.perf_counter() - clock
-            curve.append((step + done, evaluate(model, held_out)))
-            clock = time.perf_counter()
-    return curve, seconds / (len(batches) - done)
+class Comparison:
+    """All `runs` as they finish, and `rows`: rows[freeze_A][method], at the method's best rate."""
+    def __init__(self, args: Args, base: Transformer, pretrain: dict, finetune: dict):
+        self.args, self.base, self.runs, self.rows = args, base, [], {True: {}, False: {}}
+        self.old = draw(pretrain["train"], args.calibration, 1, args)
+        self.dev, self.test = windows(finetune["dev"], args), windows(finetune["test"], args)
+        self.batches = [draw(finetune["train"], 2 * args.steps, 100 + seed, args)
+                        for seed in range(args.seeds)]  # twice the steps, for "lora+9"
+        self.began = time.perf_counter()
 
+    def run(self) -> None:
+        args, rows, methods = self.args, self.rows, self.args.methods.split(",")
+        dev, test = evaluate(self.base, self.dev), evaluate(self.base, self.test)
+        self.runs = [Run("none", True, 0.0, seed, test, dev, test, 0.0)
+                     for seed in range(args.seeds)]
+        rows[True]["none"] = rows[False]["none"] = list(self.runs)
+        self.sweep("full", [False], args.full_rates)
+        rows[True]["full"] = rows[False]["full"]
+        for method in methods:
+            self.sweep(method, [True, False], args.rates)
+        if {"lora", "lora_da"} <= set(methods):  # what if plain LoRA gets the start's time, too?
+            cost = statistics.median(r.init_steps for r in self.runs if r.method == "lora_da")
+            for freeze in (True, False):
+                self.sweep(f"lora+{min(math.ceil(cost), args.steps)}", [freeze],
+                           str(rows[freeze]["lora"][0].lr))
 
-def compare(args: Args, base: Transformer, finetune: dict[str, Tensor], pretrain: dict[str, Tensor],
-            shape: dict) -> tuple[list[Run], dict, dict]:
-    """All runs, their loss curves, and the captures; Ctrl-C ends it with what is finished."""
-    part = finetune["dev" if args.tune else "test"]
-    held_out = windows(part, shape, args.device, args.eval_batches)
-    old = draw(pretrain["train"], args.calibration, shape, 1, args.device)
-    new = finetune["train"][: args.finetune_bytes]
-    data = [draw(new, args.steps, shape, 100 + seed, args.device) for seed in range(args.seeds)]
-    none = evaluate(base, held_out)
-    runs = [Run("none", False, 0.0, 0, none, none, 0, 0.0, 0.0, 0.0, 0)]
-    curves: dict[tuple, list] = {("none", False, 0.0, 0): [(0, none)]}
-    changes, starts, peaks = {}, {}, {}
-    methods, rates = args.methods.split(","), [float(rate) for rate in args.rates.split(",")]
-    full_rates = [float(rate) for rate in args.full_rates.split(",")]
-    total = args.seeds * (len(full_rates) + 2 * len(rates) * len(methods))
-    clock = time.perf_counter()
-    try:
-        for seed, method in ((s, m) for s in range(args.seeds) for m in ("full", *methods)):
+    def sweep(self, method: str, freezes: list[bool], rates: str) -> None:
+        """A start for each seed serves all rates; the first seed's development loss chooses one."""
+        begun = []
+        for seed, batches in enumerate(self.batches):
             torch.manual_seed(seed)
-            model, began = copy.deepcopy(base), time.perf_counter()
+            model = copy.deepcopy(self.base)
             if method != "full":
-                add_lora(model, args.rank, targets=TARGETS)
-                start(method, model, data[seed], old, args, seed)
-                starts[method, seed] = {n: m.lora_A.detach() for n, m in lora_layers(model).items()}
-            init_seconds = time.perf_counter() - began
-            if method not in peaks:  # on a copy, as measuring takes time
-                peaks[method] = 0.0 if method == "full" else peak_megabytes(partial(
-                    start, method, copy.deepcopy(model), data[seed], old, args, seed), args.device)
-            done = args.preheat_steps if method == "hrp" else 0
-            jobs = ([(False, lr) for lr in full_rates] if method == "full" else
-                    [(freeze, lr) for freeze in (True, False) for lr in rates])
-            for freeze, lr in jobs:
-                tuned = copy.deepcopy(model)
-                for layer in lora_layers(tuned).values():
-                    layer.lora_A.requires_grad_(not freeze)
-                curve, seconds = fine_tune(tuned, data[seed], lr, held_out, done)
-                trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-                runs.append(Run(method, freeze, lr, seed, curve[0][1], curve[-1][1], args.steps,
-                                init_seconds, init_seconds / seconds, peaks[method], trainable))
-                curves[method, freeze, lr, seed] = curve
-                if method == "full":
-                    changes[lr, seed] = {
-                        n: m.weight.detach() - base.get_submodule(n).weight.detach()
-                        for n, m in tuned.named_modules() if n.rpartition(".")[2] in TARGETS}
-                left = (time.perf_counter() - clock) / (len(runs) - 1) * (total + 1 - len(runs))
-                progress(f"run {len(runs) - 1}/{total}  {method} seed {seed} lr {lr:g}  "
-                         f"loss {curve[-1][1]:.4f}  {left:4.0f} s left")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(runs) - 1} of {total} runs are finished and count")
-    print()
-    captures = {}
-    if changes:
-        best = min(changes, key=lambda k: next(r.loss_final for r in runs if r.method == "full"
-                                               and (r.lr, r.seed) == k))
-        captures = capture(base, changes[best], starts, data[0][: args.calibration], args.rank)
-    return runs, curves, captures
+                lora_init.add_lora(model, self.args.rank, targets=self.args.targets.split(","))
+            began = clock()
+            start(method, model, batches, self.old, self.args, seed)
+            begun.append((seed, model, clock() - began))
+        for freeze in freezes:
+            tried, losses = {}, {}
+            while (lr := next_rate([float(rate) for rate in rates.split(",")], losses)) is not None:
+                tried[lr] = self.fine_tune(method, freeze, lr, *begun[0])
+                losses[lr] = tried[lr].loss_dev
+            lr = min(losses, key=losses.get)
+            self.rows[freeze][method] = [tried[lr]] + [
+                self.fine_tune(method, freeze, lr, *one) for one in begun[1:]]
 
-
-@torch.no_grad()
-def capture(base: Transformer, change: dict[str, Tensor], starts: dict, batches: list[Tensor],
-            rank: int) -> dict[str, dict[str, float]]:
-    """Share of ‖ΔW‖² (plain) and of ‖ΔW R‖², R Rᵀ = Z (weighted), that lies in A's row space."""
-    layers = {name: base.get_submodule(name) for name in change}
-    moments = collect_statistics(base, layers, batches, loss_fn, backward=False)
-    shares: dict[str, dict[str, list[float]]] = {}
-    for kind in ("plain", "weighted"):
-        roots = {}
-        for name, total in moments.items():
-            values, vectors = torch.linalg.eigh(total.input_moment)
-            values = torch.ones_like(values) if kind == "plain" else values.clamp_min(0)
-            roots[name] = vectors * values.sqrt()  # R with R Rᵀ = I or Z, (in, in)
-        whole = sum((change[n] @ roots[n]).square().sum() for n in change)
-        best = sum(torch.linalg.svdvals(change[n] @ roots[n])[:rank].square().sum() for n in change)
-        shares.setdefault("best", {})[kind] = [(best / whole).item()]
-        for (method, _), A in starts.items():
-            Q = {n: torch.linalg.qr((A[n] @ roots[n]).mT).Q for n in change}
-            part = sum((change[n] @ roots[n] @ Q[n]).square().sum() for n in change)
-            shares.setdefault(method, {}).setdefault(kind, []).append((part / whole).item())
-    return {method: {kind: statistics.fmean(values) for kind, values in share.items()}
-            for method, share in shares.items()}
-
+    def fine_tune(self, method: str, freeze: bool, lr: float, seed: int, model: nn.Module,
+                  init_seconds: float) -> Run:
+        """Train a copy of a started model: HRP for fewer steps, "lora+9" for nine more."""
+        done = self.args.preheat_steps if method == "hrp" else 0
+        last = self.args.steps + int(method.partition("+")[2] or 0)
+        model, times = copy.deepcopy(model), []
+        for layer in lora_init.lora_layers(model).values():
+            layer.lora_A.requires_grad_(not freeze)
+        curve = [(done, evaluate(model, self.test))]
+        for step, seconds in train(model, self.batches[seed][done:last], lr):
+            times.append(seconds)
+            if (step + done) % 5 == 0 or step + done == last:
+                curve.append((step + done, evaluate(model, self.test)))
+        run = Run(method, freeze, lr, seed, curve[0][1], evaluate(model, self.dev), curve[-1][1],
+                  init_seconds / statistics.median(times))
+        run.curve = curve
+        run.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.runs.append(run)
+        share = (len(self.rows[True]) + len(self.rows[False]) - 1) / (
+            2 * len(self.args.methods.split(",")) + 5)  # of all rows, two of which took no time
+        left = (time.perf_counter() - self.began) * (1 / share - 1)
+        progress(f"{method}, A {'frozen' if freeze else 'trained'}, rate {lr:g}, seed {seed}: "
+                 f"{run.loss_test:.4f}; about {left:.0f} s left")
+        return run
 
 # ------------------------------------------------------------------------------ the report
+def paired(row: list[Run], other: list[Run] | None) -> tuple[float, float, int]:
+    """Mean and sd of row − other within a seed; −1, 0, 1 for clearly below, neither, above."""
+    gaps = [one.loss_test - two.loss_test for one, two in zip(row, other or [])] or [math.nan]
+    gap, sd = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else math.nan
+    return gap, sd, (gap > 2 * sd) - (gap < -2 * sd)
 
+def mean_curve(row: list[Run]) -> list[tuple[int, float]]:
+    return [(points[0][0], statistics.fmean(loss for _, loss in points))
+            for points in zip(*(run.curve for run in row))]
 
-@dataclass
-class Row:
-    """A method at its best learning rate, over seeds."""
+def report(rows: dict[str, list[Run]], freeze: bool, args: Args) -> None:
+    sweeps = [args.rates.split(","), args.full_rates.split(",")]
+    ends = {float(end) for sweep in sweeps if len(sweep) > 2 for end in (sweep[0], sweep[-1])}
+    print(f"\nA {'frozen' if freeze else 'trained'}; test loss in nats per byte\n"
+          f"{'':<13}{'start':>7}{'end':>8}{'rate':>9}{'minus plain LoRA':>19}"
+          f"{'minus orthonormal':>19}{'= steps':>9}{'trainable':>11}")
+    for method, row in rows.items():
+        gaps = [paired(row, rows.get(control)) for control in ("lora", "orthonormal")]
+        gaps = [f"{gap:+.4f} ± {sd:.4f}" if gap else "" for gap, sd, _ in gaps]
+        print(f"{method:<13}{mean(row, 'loss_start'):7.4f}{mean(row, 'loss_test'):8.4f}"
+              f"{row[0].lr:8g}{'!' if row[0].lr in ends else ' '}{gaps[0]:>19}{gaps[1]:>19}"
+              f"{statistics.median(r.init_steps for r in row):9.1f}{row[0].trainable:11,}")
+    if any(row[0].lr in ends for row in rows.values()):
+        print("! the best rate lies at an end of the sweep: widen --rates or --full-rates")
+    if "lora" in rows:
+        print(textwrap.fill(verdict(rows, args.methods.split(",")), 98))
 
-    method: str
-    lr: float
-    at_end: bool  # of the sweep
-    mean: float
-    sd: float
-    runs: list[Run]
-
-
-def best_rows(runs: list[Run], freeze: bool) -> dict[str, Row]:
-    rows = {}
-    for method in dict.fromkeys(r.method for r in runs):
-        mine = [r for r in runs if r.method == method
-                and r.freeze_A == (freeze and method not in ("none", "full"))]
-        by_rate = {lr: [r for r in mine if r.lr == lr] for lr in sorted({r.lr for r in mine})}
-        if not by_rate:
-            continue
-        seeds = max(len(group) for group in by_rate.values())  # a rate cut short does not count
-        means = {lr: statistics.fmean(r.loss_final for r in group)
-                 for lr, group in by_rate.items() if len(group) == seeds}
-        lr = min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
-        finals = [r.loss_final for r in by_rate[lr]]
-        rows[method] = Row(method, lr, len(means) > 2 and lr in (min(means), max(means)),
-                           means[lr], statistics.stdev(finals) if seeds > 1 else math.nan,
-                           by_rate[lr])
-    return rows
-
-
-def mean_curve(row: Row, curves: dict) -> list[tuple[int, float]]:
-    group = [curves[r.method, r.freeze_A, r.lr, r.seed] for r in row.runs]
-    return [(points[0][0], statistics.fmean(p[1] for p in points)) for points in zip(*group)]
-
-
-def spark(curve: list[tuple[int, float]], low: float, high: float, steps: int) -> str:
-    """The curve, 40 columns wide, between `low` and `high`."""
-    text = ""
-    for column in range(40):
-        loss = [value for step, value in curve if step <= column / 39 * steps][-1]
-        share = (min(max(loss, low), high) - low) / (high - low or 1)
-        text += "▁▂▃▄▅▆▇█"[round(7 * share)]
+def verdict(rows: dict[str, list[Run]], methods: list[str]) -> str:
+    """What the paired differences say, in words."""
+    sides: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    for method in methods:
+        if method in rows and method != "lora":
+            sides[paired(rows[method], rows["lora"])[2]].append(method)
+    won, tied, lost = (", ".join(names) or "none" for names in sides.values())
+    both = [m for m in sides[-1] if paired(rows[m], rows.get("orthonormal"))[2] < 0]
+    text = (f"Clearly below plain LoRA: {won}. Clearly below orthonormal too: "
+            f"{', '.join(both) or 'none'}. Ties with plain LoRA: {tied}. Clearly above it: {lost}.")
+    longer = next((method for method in rows if "+" in method), None)
+    if longer:
+        goal = mean(rows["lora_da"], "loss_start")
+        step = next((step for step, loss in mean_curve(rows["lora"]) if loss <= goal), None)
+        gap, sd, side = paired(rows["lora_da"], rows[longer])
+        text += (f" LoRA-DA starts at {goal:.4f}, which plain LoRA reaches "
+                 f"{'never' if step is None else f'by step {step}'}. Given its start's time as "
+                 f"{longer[5:]} steps more, plain LoRA ends at "
+                 f"{mean(rows[longer], 'loss_test'):.4f}; LoRA-DA minus that is {gap:+.4f} ± "
+                 f"{sd:.4f}: {('still clearly below', 'a tie', 'clearly above')[side + 1]}.")
     return text
 
-
-def report(runs: list[Run], curves: dict, captures: dict, args: Args) -> None:
-    for freeze in (True, False):
-        rows = best_rows(runs, freeze)
-        lora = rows.get("lora")
-        print(f"\nA {'frozen' if freeze else 'trained'}, rank {args.rank}, {args.steps} steps, "
-              f"seeds: {args.seeds}; held-out loss in nats per byte")
-        print(f"{'method':<17}{'start':>7}{'end':>8} ± {'sd':<7}{'rate':>7} {'to LoRA':>8}"
-              f"{'init':>9}{'= steps':>9}{'peak':>8}{'trainable':>11}")
-        for row in rows.values():
-            reached = [step for step, loss in mean_curve(row, curves) if lora and loss <= lora.mean]
-            mean = {k: statistics.fmean(getattr(r, k) for r in row.runs)
-                    for k in ("loss_start", "init_seconds", "init_steps")}
-            sd = "–" if math.isnan(row.sd) else f"{row.sd:.4f}"
-            print(f"{row.method:<17}{mean['loss_start']:7.3f}{row.mean:8.4f} ± {sd:<7}"
-                  f"{row.lr:7g}{'!' if row.at_end else ' '}{reached[0] if reached else '–':>8}"
-                  f"{mean['init_seconds']:7.2f} s{mean['init_steps']:9.1f}"
-                  f"{row.runs[0].init_peak:5.0f} MB"
-                  f"{row.runs[0].trainable:11,}")
-        if any(row.at_end for row in rows.values()):
-            print("! the best rate lies at an end of the sweep: widen --rates")
-    rows = best_rows(runs, True)
-    low, high = min(r.mean for r in rows.values()), rows["none"].mean
-    print(f"\nA frozen, mean loss against steps, from {high:.3f} (█) to {low:.3f} (▁)")
-    for row in rows.values():
-        print(f"{row.method:<17}{spark(mean_curve(row, curves), low, high, args.steps)}")
-    if captures:
-        print("\ncapture: share of full fine-tuning's change within reach of the starting A")
-        print(f"{'method':<17}{'plain':>8}{'weighted':>10}")
-        for method, share in captures.items():
-            print(f"{method:<17}{share['plain']:8.4f}{share['weighted']:10.4f}")
-    print("\n" + textwrap.fill(verdict(rows), 96))
-
-
-def verdict(rows: dict[str, Row]) -> str:
-    """The closing sentence: with A frozen, who ended clearly below both controls, and who not."""
-    if not {"lora", "orthonormal"} <= set(rows):
-        return "No verdict: it takes lora and orthonormal, the two controls."
-    if math.isnan(rows["lora"].sd):
-        order = sorted((r for r in rows.values() if r.method not in ("none", "full")),
-                       key=lambda row: row.mean)
-        return ("With A frozen, from the lowest loss to the highest: "
-                + ", ".join(f"{row.method} ({row.mean:.4f})" for row in order)
-                + ". One seed shows no spread: --seeds 3 tells what is more than chance.")
-    groups: dict[str, list[str]] = {"below both": [], "not below both": []}
-    for row in rows.values():
-        if row.method in ("none", "full", "lora", "orthonormal"):
-            continue
-        gaps = [(rows[c].mean - row.mean) / (math.hypot(rows[c].sd, row.sd) or math.inf)
-                for c in ("lora", "orthonormal")]
-        clear = all(gap > 2 for gap in gaps)
-        text = f"{row.method} ({row.mean:.4f}; {gaps[0]:+.1f} and {gaps[1]:+.1f} sd)"
-        groups["below both" if clear else "not below both"].append(text)
-    return (f"With A frozen, plain LoRA ended at {rows['lora'].mean:.4f} and a random orthonormal "
-            f"A at {rows['orthonormal'].mean:.4f}. Below both by over 2 sd of the difference: "
-            f"{', '.join(groups['below both']) or 'none'}. Not so: "
-            f"{', '.join(groups['not below both']) or 'none'}.")
-
-
-def plot(runs: list[Run], curves: dict, file: str) -> None:
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+def plot(rows: dict[bool, dict[str, list[Run]]], file: str) -> None:
+    import matplotlib.figure
+    matplotlib.rcParams["svg.hashsalt"] = "lora"  # the same runs give the same bytes
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, freeze in zip(panels, (True, False)):
-        for row in best_rows(runs, freeze).values():
-            panel.plot(*zip(*mean_curve(row, curves)), label=row.method, marker=".")
+        for method, row in rows[freeze].items():
+            if method != "none" and "+" not in method:
+                panel.plot(*zip(*mean_curve(row)), label=method, marker=".")
         panel.set(title=f"A {'frozen' if freeze else 'trained'}", xlabel="step")
-    panels[0].set_ylabel("held-out loss, nats per byte")
+    panels[0].set_ylabel("test loss, nats per byte")
     panels[1].legend()
-    figure.savefig(file, dpi=150)
-
+    figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
 
 def main() -> None:
     args = parse_args()
-    join(args)
-    shape = PRESETS[args.preset]
-    size = shape["context"] + 1
+    shape, size = PRESETS[args.preset], 2 * PRESETS[args.preset]["context"] + 2
     source, prose = read_texts(args)
-    pretrain = split(source, 2 * size, "pre-training")
-    finetune = split(prose, 2 * size, "fine-tuning")
+    pretrain, finetune = split(source, size, "pre-training"), split(
+        prose[: args.finetune_bytes], size, "fine-tuning")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
-          f"processes: {place()[1]} of {torch.get_num_threads()} threads, "
-          f"seeds 0..{args.seeds - 1}")
-    base = pretrained(args, pretrain, shape)
-    held_out = windows(pretrain["test"], shape, args.device, args.eval_batches)
-    print(f"{sum(p.numel() for p in base.parameters()):,} parameters, "
-          f"loss {evaluate(base, held_out):.3f} on held-out source; "
-          f"adapters on {', '.join(TARGETS)} of {shape['layers']} blocks; "
-          f"fine-tuning on {min(args.finetune_bytes, len(finetune['train'])):,} bytes of prose")
-    runs, curves, captures = compare(args, base, finetune, pretrain, shape)
-    report(runs, curves, captures, args)
-    if args.json and place()[0] == 0:
-        numbers = {"runs": [asdict(run) for run in runs], "capture": captures}
-        Path(args.json).write_text(json.dumps(numbers, indent=1))
-    if args.plot and place()[0] == 0:
-        plot(runs, curves, args.plot)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-
+          f"{torch.get_num_threads()} threads, seeds 0..{args.seeds - 1}", flush=True)
+    base = pretrained(args, pretrain["train"])
+    print(f"\n{sum(p.numel() for p in base.parameters()):,} parameters, loss on held-out source "
+          f"{evaluate(base, windows(pretrain['test'], args)):.3f}; adapters on {args.targets}: "
+          f"{len(args.targets.split(',')) * shape['layers']} layers\n{args.steps} steps of "
+          f"{shape['batch']} x {shape['context']} bytes; calibration: {args.calibration} batches; "
+          f"preheating: {args.preheat_steps} steps at {args.preheat_lr:g}\n"
+          f"rates, from the middle: {args.rates}; full: {args.full_rates}", flush=True)
+    comparison = Comparison(args, base, pretrain, finetune)
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is finished counts", end="")
+    print()
+    for freeze, rows in comparison.rows.items():
+        report(rows, freeze, args)
+    print(f"\n= steps: what the start took, in training steps (HRP's are of its {args.steps}). "
+          f"Clearly: by more than\n2 sd of the {args.seeds} differences within a seed.")
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(run) for run in comparison.runs], indent=1))
+    if args.plot:
+        plot(comparison.rows, args.plot)
 
 if __name__ == "__main__":
     main()

@@ -78,7 +78,6 @@ class LoRALinear(nn.Linear):
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
 
-    @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + s·B A; this layer is left as it is."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")

@@ -224,6 +224,8 @@ def test_what_cannot_be_adapted_is_refused_by_name_and_nothing_changes(kwargs, e
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="matches no layer of Linear"):
         add_lora(nn.Linear(2, 2), 1)  # the root has no parent: LoRALinear(linear, rank)
+    with pytest.raises(TypeError, match="Conv1d is not exactly"):
+        LoRALinear(nn.Conv1d(2, 2, 1), 1)
 
 # ---------------------------------------------------------------------------- LoRA-DA
 @given(problems())
@@ -507,6 +509,9 @@ def test_autocast_does_not_reach_into_the_functions_and_half_is_computed_in_floa
     outside = results(G)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(results(G), outside))
+        q = {"q": nn.Linear(3, 2)}
+        Z_seen = collect_statistics(q["q"], q, [Z], nn.Module.__call__, backward=False)["q"][1]
+    assert torch.equal(Z_seen, Z.mT @ Z / 3)
     assert all(near(a, b, 1e-6) for a, b in zip(outside[:2], results(G.float())))
 
 def test_what_is_left_out_is_what_the_pages_say():
