@@ -23,10 +23,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-import lora_init
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import lora_init
 
 METHODS = ("lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora")
 PRESETS = {
@@ -386,7 +387,6 @@ def main() -> None:
         comparison.run()
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished counts", end="")
-    print()
     for freeze, rows in comparison.rows.items():
         report(rows, freeze, args)
     print(f"\n= steps: what the start took, in training steps (HRP's are of its {args.steps}). "
