@@ -548,7 +548,7 @@ def _start(model: nn.Module, sources: list[Iterable], loss_fn: Callable, fit: Ca
            step: float | None, size: int | None, budget: int | None, **options: object) -> float:
     """Give every adapter fit(layer, its statistics from each source), B times step / s."""
     layers = lora_layers(model)
-    if off := [n for n, layer in layers.items() if layer.scaling == 0] or not layers:
+    if (off := [n for n, layer in layers.items() if layer.scaling == 0]) or not layers:
         raise ValueError(f"no LoRALinear that is on (scaling 0: {off}): call add_lora, or set it")
     twin, inside = _twin(model, layers)
     sources = [list(batches) for batches in sources if batches is not None]
