@@ -9,23 +9,13 @@ import argparse
 import textwrap
 import timeit
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, linalg
 
 from lora_init import cntlora, hrp, lora_da
-
-
-@dataclass
-class Args:
-    scene: Annotated[int, "only this scene, 1 to 4; 0 is all"] = 0
-    seed: Annotated[int, "of everything random"] = 0
-    plot: Annotated[str, "draw the scenes to this file, .png or .svg (needs matplotlib)"] = ""
-    scale: Annotated[bool, "instead of scenes: seconds by width, against the plain way"] = False
-    fast: Annotated[bool, "a smoke test: the same with fewer draws, steps and widths"] = False
 
 
 def each(algorithm: Callable, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,12 +95,14 @@ def few_noisy_rows(fast: bool) -> tuple:
             B = linalg.lstsq(x @ A.mT, y).solution.mT  # the fit with A frozen
             errors.append(gap(change, B, A))
     ratios = ", ".join(f"{on / off:.0%}" for off, on in zip(rows[0], rows[1]))
+    helps = next((n for n, error in zip(counts, rows[1]) if error < 1), "∞")
     best = ", ".join(str(min(rows, key=lambda w: rows[w][i])) for i in range(len(counts)))
     return (
         ("Error of LoRA-DA's A, by the weight of its variance term, with B fitted to N rows by "
          f"least squares; rank Δ = {r}, noise σ = {sigma}; no adapter: 1."),
-        (f"From left to right the theory's weight 1 makes {ratios} of the error that 0 makes, and "
-         f"the best weight is {best} (why it can be more than 1: `lora_da`'s docstring)."),
+        (f"From left to right the theory's weight 1 makes {ratios} of the error that 0 makes; this "
+         f"beats no adapter from N = {helps} on. The best weight is {best} (more than 1 can pay: "
+         "`lora_da`'s docstring)."),
         ("rows N", "error ‖BA − Δ‖² / ‖Δ‖²", 0.1), counts,
         {f"variance × {weight}": errors for weight, errors in rows.items()})
 
@@ -156,9 +148,9 @@ def new_domain(fast: bool) -> tuple:
     known, wrong, right = rows.values()
     return (
         "E‖(W + BA) x_f − W x_p‖² of CNTLoRA where x_f = S x_p, S − I of rank 4; no adapter: 1.",
-        (f"With Z_p known rank 4, that of S − I, leaves {known[2]:.0e}; with Z_p ∝ I assumed no "
-         f"rank leaves less than {min(right):.0%} where that is so, as the size of x_p stays "
-         f"unknown, or than {min(wrong):.0%} where not."),
+        (f"With Z_p known rank 4, that of S − I, leaves {known[2]:.0e}; with Z_p ∝ I assumed the "
+         f"best rank leaves {min(right):.0%} where x_p is white (its size stays unknown), "
+         f"{min(wrong):.0%} where not."),
         ("rank r", "error, no adapter: 1", 0), ranks, rows)
 
 
@@ -222,10 +214,13 @@ def scale(fast: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for f in fields(Args):
-        kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        parser.add_argument(f"--{f.name}", default=f.default, help=f.type.__metadata__[0], **kind)
-    args = Args(**vars(parser.parse_args()))
+    add = parser.add_argument
+    add("--scene", type=int, choices=(1, 2, 3, 4), help="only this scene")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--plot", help="draw the scenes to this file, .png or .svg (needs matplotlib)")
+    add("--scale", action="store_true", help="instead: seconds by width, against the plain way")
+    add("--fast", action="store_true", help="a smoke test: fewer draws, steps and widths")
+    args = parser.parse_args()
     torch.set_default_dtype(torch.float32 if args.scale else torch.float64)
     torch.manual_seed(args.seed)
     if args.scale:

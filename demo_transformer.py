@@ -8,7 +8,6 @@ are compared within a seed, whose batches they share; rates are chosen with the 
 development part of the text, losses told on its test part, a start's cost in training steps.
 """
 
-import argparse
 import copy
 import importlib.util
 import json
@@ -18,10 +17,11 @@ import sys
 import sysconfig
 import textwrap
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -35,43 +35,38 @@ PRESETS = {
     "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
 }
 
-@dataclass
-class Args:
-    device: Annotated[str, "cpu or cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    preset: Annotated[str, "small (0.9 M parameters), large (26 M), auto: large on a GPU"] = "auto"
-    targets: Annotated[str, "layers to adapt in every block, among q,k,v,o,up,down"] = "q,v"
-    rank: Annotated[int, "rank of every adapter"] = 2
-    steps: Annotated[int, "fine-tuning steps, of Adam with a linearly falling rate"] = 40
-    pretrain_steps: Annotated[int, "pre-training steps"] = 1500
-    seeds: Annotated[int, "number of seeds: of the batches and of the starts"] = 3
-    rates: Annotated[str, "rates of LoRA methods"] = "0.005,0.01,0.02,0.04,0.08,0.16,0.32"
-    full_rates: Annotated[str, "those of full fine-tuning"] = "0.00025,0.0005,0.001,0.002,0.004"
-    methods: Annotated[str, "which starts to compare"] = ",".join(METHODS)
-    calibration: Annotated[int, "training batches that LoRA-DA, SVD and CNTLoRA look at"] = 4
-    preheat_steps: Annotated[int, "HRP's preheating, out of its steps"] = 10
-    preheat_lr: Annotated[float, "HRP's preheating rate"] = 0.01
-    finetune_bytes: Annotated[int, "fine-tuning text, held-out parts included"] = 81920
-    pretrain_text: Annotated[str, "a text file instead of the standard library's source"] = ""
-    finetune_text: Annotated[str, "a text file instead of the language reference"] = ""
-    json: Annotated[str, "write the runs to this file"] = ""
-    plot: Annotated[str, "draw the loss curves to this file (needs matplotlib)"] = ""
-    fast: Annotated[bool, "a minute's smoke test of the same code"] = False
-
-def parse_args() -> Args:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(Args):
-        kind = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=f.type.__metadata__[0], **kind)
-    args = Args(**vars(parser.parse_args()))
-    if args.preset == "auto":
-        args.preset = "large" if args.device.startswith("cuda") else "small"
+def parse_args() -> Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0],
+                            formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--preset", choices=PRESETS, help="0.9 M or 26 M parameters; on a GPU large, else small")
+    add("--targets", default="q,v", help="layers to adapt in every block: q,k,v,o,up,down")
+    add("--rank", type=int, default=2, help="rank of every adapter")
+    add("--steps", type=int, default=40, help="of Adam with a linearly falling rate")
+    add("--pretrain-steps", type=int, default=1500, help="of the model that is fine-tuned")
+    add("--seeds", type=int, default=3, help="how many: of the batches and of the starts")
+    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="those of LoRA methods")
+    add("--full-rates", default="0.00025,0.0005,0.001,0.002,0.004", help="full fine-tuning's")
+    add("--methods", default=",".join(METHODS), help="which starts to compare")
+    add("--calibration", type=int, default=4, help="training batches that a start is fitted to; "
+        "one more for its line search")
+    add("--preheat-steps", type=int, default=10, help="HRP's preheating, out of its steps")
+    add("--preheat-lr", type=float, default=0.01, help="HRP's preheating rate")
+    add("--finetune-bytes", type=int, default=81920, help="text used, held-out parts included")
+    add("--pretrain-text", help="a text file instead of the standard library's source")
+    add("--finetune-text", help="a text file instead of the language reference")
+    add("--json", help="write the runs to this file")
+    add("--plot", help="draw the loss curves to this file (needs matplotlib)")
+    add("--fast", action="store_true", help="a minute's smoke test of the same code")
+    args = parser.parse_args()
+    args.preset = args.preset or ("large" if args.device.startswith("cuda") else "small")
+    vars(args).update(PRESETS[args.preset])
     if args.fast:
         args.pretrain_steps, args.steps, args.preheat_steps = 40, 8, 3
         args.seeds, args.rates, args.full_rates = 2, "0.02,0.04", "0.001"
-    if args.preset not in PRESETS or not set(args.methods.split(",")) <= set(METHODS):
-        parser.error(f"preset is one of {list(PRESETS)}; methods are among {','.join(METHODS)}")
+    if not set(args.methods.split(",")) <= set(METHODS) or args.preheat_steps >= args.steps:
+        parser.error(f"--methods among {','.join(METHODS)}; --preheat-steps below --steps")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     return args
@@ -116,7 +111,7 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         logits = model(batch[:, :-1])  # (N, T, 256)
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
-def read_texts(args: Args) -> tuple[bytes, bytes]:
+def read_texts(args: Namespace) -> tuple[bytes, bytes]:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     try:
         files = [Path(args.pretrain_text)] if args.pretrain_text else files
@@ -137,17 +132,16 @@ def split(text: bytes, need: int, name: str) -> dict[str, Tensor]:
         sys.exit(f"the {name} text has {len(text):,} bytes; each tenth of it must have {need:,}")
     return {k: torch.frombuffer(bytearray(v), dtype=torch.uint8).long() for k, v in parts.items()}
 
-def draw(tokens: Tensor, count: int, seed: int, args: Args) -> list[Tensor]:
+def draw(tokens: Tensor, count: int, seed: int, args: Namespace) -> list[Tensor]:
     """`count` batches of random windows, (batch, context + 1) each."""
-    size, generator = PRESETS[args.preset]["context"] + 1, torch.Generator().manual_seed(seed)
-    shape = (count, PRESETS[args.preset]["batch"], 1)
-    starts = torch.randint(len(tokens) - size, shape, generator=generator)
+    size, generator = args.context + 1, torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - size, (count, args.batch, 1), generator=generator)
     return list(tokens[starts + torch.arange(size)].to(args.device))
 
-def windows(tokens: Tensor, args: Args) -> list[Tensor]:
+def windows(tokens: Tensor, args: Namespace) -> list[Tensor]:
     """All of a held-out text, up to 8 batches of adjoining windows."""
-    rows = tokens.unfold(0, PRESETS[args.preset]["context"] + 1, PRESETS[args.preset]["context"])
-    return list(rows.to(args.device).split(PRESETS[args.preset]["batch"])[:8])
+    rows = tokens.unfold(0, args.context + 1, args.context)
+    return list(rows.to(args.device).split(args.batch)[:8])
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[Tensor]) -> float:
@@ -171,10 +165,9 @@ def clock() -> float:
         torch.cuda.synchronize()  # let the GPU finish first
     return time.perf_counter()
 
-def pretrained(args: Args, tokens: Tensor) -> Transformer:
+def pretrained(args: Namespace, tokens: Tensor) -> Transformer:
     torch.manual_seed(0)
-    shape = PRESETS[args.preset]
-    model = Transformer(*(shape[k] for k in ("width", "layers", "heads", "context")))
+    model = Transformer(args.width, args.layers, args.heads, args.context)
     batches = draw(tokens, args.pretrain_steps, 0, args)
     for step, seconds in train(model.to(args.device), batches, 3e-3, warmup=100):
         progress(f"pre-training, step {step} of {len(batches)}: "
@@ -200,11 +193,11 @@ class Run:
     loss_dev: float
     loss_test: float
     init_steps: float  # seconds of the start / seconds of a training step
-    curve, trainable = (), 0  # [(step, loss), …]; without a type, so not in --json
+    curve, trainable, step = (), 0, 0  # [(step, loss), …]; without a type, so not in --json
 
-def start(method: str, model: nn.Module, batches: list[Tensor], old: list[Tensor], args: Args,
-          seed: int) -> None:
-    """Give the model's adapters the method's A and B."""
+def start(method: str, model: nn.Module, batches: list[Tensor], old: list[Tensor], args: Namespace,
+          seed: int) -> float:
+    """Give the model's adapters the method's A and B; returns the step of the line search."""
     layers, look = lora_init.lora_layers(model), batches[: args.calibration]
     if method == "orthonormal":
         for layer in layers.values():
@@ -216,12 +209,17 @@ def start(method: str, model: nn.Module, batches: list[Tensor], old: list[Tensor
             _, A = lora_init.lora_da(total.gradient, Z.to(Y), Y, args.rank, 1, variance=0.0)
             layers[name].set_factors(layers[name].lora_B, A)
     elif method == "lora_da":
-        lora_init.init_lora_da(model, look, loss_fn, n_train=args.steps * look[0][:, 1:].numel())
+        lora_init.init_lora_da(model, look, loss_fn, n_train=args.steps * look[0][:, 1:].numel(),
+                               step=1.0)
     elif method == "hrp":
         lora_init.init_hrp(model, batches[: args.preheat_steps], loss_fn, lr=args.preheat_lr,
                            seed=seed)
     elif method == "cntlora":
-        lora_init.init_cntlora(model, look, loss_fn, pretrain_batches=old)
+        lora_init.init_cntlora(model, look, loss_fn, pretrain_batches=old, step=1.0)
+    if method not in ("lora_da", "cntlora"):
+        return 1.0
+    unseen = batches[args.calibration:args.calibration + 1]  # how far, say rows not fitted
+    return lora_init.line_search(model, unseen, loss_fn)
 
 def mean(row: list[Run], name: str) -> float:
     return statistics.fmean(getattr(run, name) for run in row)
@@ -234,7 +232,7 @@ def next_rate(rates: list[float], losses: dict[float, float]) -> float | None:
 
 class Comparison:
     """All `runs` as they finish, and `rows`: rows[freeze_A][method], at the method's best rate."""
-    def __init__(self, args: Args, base: Transformer, pretrain: dict, finetune: dict):
+    def __init__(self, args: Namespace, base: Transformer, pretrain: dict, finetune: dict):
         self.args, self.base, self.runs, self.rows = args, base, [], {True: {}, False: {}}
         self.old = draw(pretrain["train"], args.calibration, 1, args)
         self.dev, self.test = windows(finetune["dev"], args), windows(finetune["test"], args)
@@ -267,8 +265,8 @@ class Comparison:
             if method != "full":
                 lora_init.add_lora(model, self.args.rank, targets=self.args.targets.split(","))
             began = clock()
-            start(method, model, batches, self.old, self.args, seed)
-            begun.append((seed, model, clock() - began))
+            step = start(method, model, batches, self.old, self.args, seed)
+            begun.append((seed, model, step, clock() - began))
         for freeze in freezes:
             tried, losses = {}, {}
             while (lr := next_rate([float(rate) for rate in rates.split(",")], losses)) is not None:
@@ -279,7 +277,7 @@ class Comparison:
                 self.fine_tune(method, freeze, lr, *one) for one in begun[1:]]
 
     def fine_tune(self, method: str, freeze: bool, lr: float, seed: int, model: nn.Module,
-                  init_seconds: float) -> Run:
+                  step: float, init_seconds: float) -> Run:
         """Train a copy of a started model: HRP for fewer steps, "lora+9" for nine more."""
         done = self.args.preheat_steps if method == "hrp" else 0
         last = self.args.steps + int(method.partition("+")[2] or 0)
@@ -287,13 +285,13 @@ class Comparison:
         for layer in lora_init.lora_layers(model).values():
             layer.lora_A.requires_grad_(not freeze)
         curve = [(done, evaluate(model, self.test))]
-        for step, seconds in train(model, self.batches[seed][done:last], lr):
+        for i, (_, seconds) in enumerate(train(model, self.batches[seed][done:last], lr), done + 1):
             times.append(seconds)
-            if (step + done) % 5 == 0 or step + done == last:
-                curve.append((step + done, evaluate(model, self.test)))
+            if i % 5 == 0 or i == last:
+                curve.append((i, evaluate(model, self.test)))
         run = Run(method, freeze, lr, seed, curve[0][1], evaluate(model, self.dev), curve[-1][1],
                   init_seconds / statistics.median(times))
-        run.curve = curve
+        run.curve, run.step = curve, step
         run.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.runs.append(run)
         share = (len(self.rows[True]) + len(self.rows[False]) - 1) / (
@@ -314,7 +312,7 @@ def mean_curve(row: list[Run]) -> list[tuple[int, float]]:
     return [(points[0][0], statistics.fmean(loss for _, loss in points))
             for points in zip(*(run.curve for run in row))]
 
-def report(rows: dict[str, list[Run]], freeze: bool, args: Args) -> None:
+def report(rows: dict[str, list[Run]], freeze: bool, args: Namespace) -> None:
     sweeps = [args.rates.split(","), args.full_rates.split(",")]
     ends = {float(end) for sweep in sweeps if len(sweep) > 2 for end in (sweep[0], sweep[-1])}
     print(f"\nA {'frozen' if freeze else 'trained'}; test loss in nats per byte\n"
@@ -346,11 +344,13 @@ def verdict(rows: dict[str, list[Run]], methods: list[str]) -> str:
         goal = mean(rows["lora_da"], "loss_start")
         step = next((step for step, loss in mean_curve(rows["lora"]) if loss <= goal), None)
         gap, sd, side = paired(rows["lora_da"], rows[longer])
-        text += (f" LoRA-DA starts at {goal:.4f}, which plain LoRA reaches "
-                 f"{'never' if step is None else f'by step {step}'}. Given its start's time as "
-                 f"{longer[5:]} steps more, plain LoRA ends at "
-                 f"{mean(rows[longer], 'loss_test'):.4f}; LoRA-DA minus that is {gap:+.4f} ± "
-                 f"{sd:.4f}: {('still clearly below', 'a tie', 'clearly above')[side + 1]}.")
+        reached = "never" if step is None else f"by step {step}"
+        steps = ", ".join(str(Fraction(run.step)) for run in rows["lora_da"])
+        text += (f" LoRA-DA, with {steps} of Newton's step, starts at {goal:.4f}, which plain LoRA "
+                 f"reaches {reached}. Given its start's time as {longer[5:]} steps more, plain "
+                 f"LoRA ends at {mean(rows[longer], 'loss_test'):.4f}; LoRA-DA minus that is "
+                 f"{gap:+.4f} ± {sd:.4f}: "
+                 f"{('still clearly below', 'a tie', 'clearly above')[side + 1]}.")
     return text
 
 def plot(rows: dict[bool, dict[str, list[Run]]], file: str) -> None:
@@ -369,17 +369,16 @@ def plot(rows: dict[bool, dict[str, list[Run]]], file: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    shape, size = PRESETS[args.preset], 2 * PRESETS[args.preset]["context"] + 2
-    source, prose = read_texts(args)
-    pretrain, finetune = split(source, size, "pre-training"), split(
-        prose[: args.finetune_bytes], size, "fine-tuning")
+    (source, prose), size = read_texts(args), 2 * args.context + 2
+    pretrain = split(source, size, "pre-training")
+    finetune = split(prose[: args.finetune_bytes], size, "fine-tuning")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads, seeds 0..{args.seeds - 1}", flush=True)
     base = pretrained(args, pretrain["train"])
     print(f"\n{sum(p.numel() for p in base.parameters()):,} parameters, loss on held-out source "
           f"{evaluate(base, windows(pretrain['test'], args)):.3f}; adapters on {args.targets}: "
-          f"{len(args.targets.split(',')) * shape['layers']} layers\n{args.steps} steps of "
-          f"{shape['batch']} x {shape['context']} bytes; calibration: {args.calibration} batches; "
+          f"{len(args.targets.split(',')) * args.layers} layers\n{args.steps} steps of "
+          f"{args.batch} x {args.context} bytes; calibration: {args.calibration} batches; "
           f"preheating: {args.preheat_steps} steps at {args.preheat_lr:g}\n"
           f"rates, from the middle: {args.rates}; full: {args.full_rates}", flush=True)
     comparison = Comparison(args, base, pretrain, finetune)

@@ -181,12 +181,10 @@ def _full_precision(function: Callable) -> Callable:
 
 def _cholesky(moment: Tensor, damping: float) -> Tensor:
     """Lower L with L Lᵀ = C + damping·mean(diag C)·I: relative to C, so units do not matter."""
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping {damping} is not in [0, ∞)")
     shift = damping * moment.diagonal().mean()
     L, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment)).to(moment))
-    if failed:
-        raise ValueError(f"a moment {tuple(moment.shape)} is not positive definite: raise damping")
+    if failed or not 0 <= damping < math.inf:
+        raise ValueError(f"damping {damping} leaves Z {tuple(moment.shape)} not positive definite")
     return L
 
 
@@ -218,19 +216,20 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     """LoRA-DA [2, Algorithm 1]: the A within which a fit on `n_train` rows errs least, and its B.
 
     Takes G (out, in), Z (in, in), Y (out,); returns B (out, r) and A (r, in), AAᵀ = I.
-    1. Let W* = W + Δ be the truth, and Δ̂ the maximum-likelihood fit of all of W on N rows:
-       unbiased, with the least covariance of all such (Cramér–Rao), J⁻¹/N, J one row's Fisher
-       information. Exact in Gaussian regression on given inputs, elsewhere a limit for large N.
-    2. K-FAC [5] takes x and g as independent: J = E[ggᵀ] ⊗ Z, W's rows laid end to end. Of E[ggᵀ]
-       keep the diagonal: J = diag(Y) ⊗ Z, so that row i of Δ̂ has the covariance Z⁻¹/(N·Yᵢ).
+    1. Let W* = W + Δ be the truth, and Δ̂ the maximum-likelihood fit of all of W on N samples:
+       unbiased, with the least covariance of all such (Cramér–Rao), J⁻¹/N, J the Fisher
+       information of one. Exact in Gaussian regression on given inputs, else a limit for large N.
+    2. With W's rows laid end to end, the gradient gxᵀ of one sample is g ⊗ x: J = E[ggᵀ ⊗ xxᵀ].
+       K-FAC [5] takes x and g as independent; of E[ggᵀ] keep the diagonal: J = diag(Y) ⊗ Z, so
+       that row i of Δ̂ has the covariance Z⁻¹/(N·Yᵢ).
     3. Keep the part of the fit within A: Ŵ = W + Δ̂AᵀA. By Pythagoras
        ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖², noise within A and bias outside; in the mean
        E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),   Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in),
        by Ky Fan least if A's rows are the eigenvectors of Ω's r lowest eigenvalues.
-    4. Δ is unknown: take one natural-gradient step, J vec Δ = −vec G. As (diag(Y) ⊗ Z) vec Δ =
-       vec(diag(Y) Δ Z), this is Δ = −diag(Y)⁻¹ G Z⁻¹. And B = ΔAᵀ, by step 3.
-    The paper fits B alone, A frozen: no more variance, as (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ (matrix Cauchy–
-    Schwarz), no less bias, as that fit weighs it by Z; without this extra bias, the same Ω.
+    4. For the unknown Δ, and for Δ̂, take one natural-gradient step, J vec Δ = −vec G. As J vec Δ =
+       vec(diag(Y) Δ Z), it is Δ = −diag(Y)⁻¹ G Z⁻¹. And B = ΔAᵀ, by step 3, for s = 1.
+    The paper fits B alone, A frozen: no more variance than Ω counts, as (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ (matrix
+    Cauchy–Schwarz), and no less bias, as that fit weighs it by Z.
 
     Guarantee: on a quadratic loss with Hessian diag(Y) ⊗ Z, undamped, `variance=0`: BA = Δ if
     rank Δ ≤ r. In regression that Y is 1/σ². A measured E[g²], from the data's labels, not the
@@ -270,7 +269,7 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     2. Train B_high at a random A_high: converged, B_high·A_high = DP, P the projector on A_high's
        rows. For A within their span ‖DPAᵀ‖ = ‖DAᵀ‖: the product's top r right singular vectors
        are the best A within it. A span that contains it holds one as good or better; R = in
-       (`init_hrp`: where out ≥ in) the best of all. (The paper has more, on gradient flow.)
+       (`init_hrp`: where out ≥ in) the best of all.
     3. The product is never formed: with B_high = Q₁R₁ and A_highᵀ = Q₂R₂ it is Q₁ (R₁R₂ᵀ) Q₂ᵀ,
        and if the small core is R₁R₂ᵀ = U Σ Vᵀ, its right singular vectors are the columns of Q₂V.
 
@@ -290,14 +289,14 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @_full_precision
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
-    """T (in, in) with T Z_f Tᵀ = Z_p: of all such the nearest to I; symmetric positive definite.
+    """T (in, in) with T Z_f Tᵀ = Z_p: of all such the nearest to I, the only one symmetric ≻ 0.
 
-    Nearest: of least E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f); optimal transport from N(0, Z_f)
-    to N(0, Z_p), classical (Olkin & Pukelsheim; Knott & Smith; Gelbrich). Proof: with
-    Z_f = L_f L_fᵀ and Z_p = L_p L_pᵀ all T with T Z_f Tᵀ = Z_p are L_p Q L_f⁻¹, Q orthogonal. Let
-    L_pᵀL_f = U Σ Vᵀ. Then tr(T Z_f) = tr(Q L_fᵀL_p) is largest at Q = U Vᵀ (Procrustes), where
-    T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹. Raises ValueError where a moment is not positive definite.
-    """
+    It carries x of moment Z_f = L_f L_fᵀ (fine-tuning) to Z_p = L_p L_pᵀ (pre-training) and moves
+    it least, E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f): optimal transport of Gaussians, classical
+    (Olkin & Pukelsheim; Knott & Smith; Gelbrich). Proof: all T with T Z_f Tᵀ = Z_p are
+    L_p Q L_f⁻¹, Q orthogonal. Let L_pᵀL_f = U Σ Vᵀ. Then tr(T Z_f) = tr(Q L_fᵀL_p) is largest at
+    Q = U Vᵀ (Procrustes), where T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹. A symmetric T ≻ 0 has no other Q, as
+    L_fᵀL_p = (L_fᵀT L_f) Qᵀ is a polar decomposition. Raises ValueError unless Z_f, Z_p ≻ 0."""
     Z_f, Z_p = _checked(Z_f=(Z_f, 2 * Z_f.shape[:1]), Z_p=(Z_p, Z_f.shape))
     L_f, L_p = _cholesky(Z_f, damping=0), _cholesky(Z_p, damping=0)
     U, _, V_t = torch.linalg.svd(L_p.mT @ L_f)
@@ -345,9 +344,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     """{name: rank ≥ 1}, summing to `budget`, so that the squares left out of all spectra sum least.
 
     `spectra` holds each layer's singular values, largest first: for CNTLoRA the norms of B's
-    columns. Each layer gets one rank, the rest go to the largest values there are: nothing kept
-    beyond the firsts could be larger, and as spectra fall, it is a prefix of each. Raises
-    ValueError for NaN or Inf, and a budget that is too small or too large to be spent.
+    columns. Each layer gets one rank, the rest go to the largest values there are: as spectra
+    fall, these are the next of each. Raises ValueError for NaN or Inf, and a budget out of range.
     """
     _checked(**{f"spectrum of '{name}'": (s, s.shape) for name, s in spectra.items()})
     most = sum(len(spectrum) for spectrum in spectra.values())
@@ -376,11 +374,11 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     `loss_fn(model, batch)` has to use the model that it gets, a twin of yours, and return the MEAN
     −log p over rows: then a row's g is the gradient at the layer's output times the number of
     rows in that call, which has to be all that the loss averages (no expert's share, no chunk).
-    Where the loss averages fewer terms (sequences of T tokens), Y can be T times too large, or
-    more, and the Newton step too short. A layer called twice has twice the rows, and half ∂/∂W as
-    G. `mask_fn(batch)`, bool, of the inputs' leading shape, is True where a row counts. With
-    `backward=False` only Z is taken, and `loss_fn` may return anything. In several processes each
-    passes its own batches and gets the means over all.
+    Where the loss averages fewer terms (sequences of T tokens), the Newton step can be T times too
+    short. A layer called twice has twice the rows, and half ∂/∂W as G. `mask_fn(batch)`, bool, of
+    the inputs' leading shape, is True where a row counts. With `backward=False` only Z is taken,
+    and `loss_fn` may return anything. In several processes each passes its own batches and gets
+    the means over all.
 
     A forward hook keeps x for a hook on the gradient of y, where both are in hand: no weight needs
     a gradient, and under activation checkpointing a gradient arrives once. Cost: a forward and a
@@ -431,8 +429,7 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
                 _check_loss(loss).backward()
     for name, (count, *moments) in sums.items():
         if _summed(count) == 0:
-            raise ValueError(f"layer '{name}': no row of batches reached it in the model given to "
-                             "loss_fn: unused, detached or masked out, or batches is empty")
+            raise ValueError(f"layer '{name}': no row reached it: no batch, mask, another model?")
         sums[name] = Statistics(int(count), *(_summed(moment).div_(count) for moment in moments))
     return sums
 
@@ -445,18 +442,16 @@ def _twin(model: nn.Module, layers: dict[str, nn.Linear]) -> tuple[nn.Module, di
     twin, inside = copy.deepcopy((model, layers), shared)  # takes what is in `shared` as copied
     for adapter in lora_layers(twin).values():
         adapter.scaling = 0.0
-    return twin.eval().requires_grad_(False), inside
+    return twin.eval(), inside
 
 
-def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """(…, n) → (rows, n), where the mask is True; float32 at least."""
     if mask is not None:
-        if mask.shape != tensor.shape[:-1] or mask.dtype != torch.bool:
-            raise ValueError(f"mask {tuple(mask.shape)}, {mask.dtype}, does not fit an input "
-                             f"{tuple(tensor.shape)}: make it bool, of its leading shape")
-        tensor = tensor[mask]
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    return tensor.to(_wide(tensor.dtype))
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+            raise ValueError(f"mask {mask.shape}, {mask.dtype}, expected bool {x.shape[:-1]}")
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1]).to(_wide(x.dtype))
 
 
 def _check_loss(loss: Tensor, finite: bool = True) -> Tensor:
@@ -484,8 +479,8 @@ def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *, damp
     `loss_fn`, `mask_fn`: as in `collect_statistics`. `n_train`: the number of rows (tokens, for a
     language model) that fine-tuning will see; left out, the rows seen here. Every B is multiplied
     by `step` / s: 1 is the theory's, too long where many layers step together, too short where the
-    signal is strong; 0 keeps the directions alone; None searches (ours), in up to eight passes
-    over `batches`: then the mean of their losses is never above the pre-trained model's.
+    signal is strong; 0 keeps the directions alone; None takes `line_search`'s over these batches,
+    after which the mean of their losses is never above the pre-trained model's.
     `layers_per_pass` bounds the statistics' memory: so many layers at a time, a pass over the
     batches for each. In several processes (torchrun) each calls it on the same model, unwrapped,
     with its own batches; all end with the same factors. All layers change or, on an error, none."""
@@ -526,11 +521,11 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     twin, inside = _twin(model, layers := lora_layers(model))
     rng = torch.Generator().manual_seed(seed)
     for m in inside.values():
-        A_high = torch.rand(min(preheat_rank, *m.weight.shape), m.in_features, generator=rng)
-        A_high = (2 * A_high - 1) / math.sqrt(m.in_features)  # Kaiming-uniform, as in plain LoRA
+        A_high = torch.empty(min(preheat_rank, *m.weight.shape), m.in_features)
+        nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=rng)  # as in plain LoRA
         m.set_factors(torch.zeros(m.out_features, len(A_high)), A_high)
         m.scaling, m.lora_A.requires_grad, m.lora_B.requires_grad = 1.0, train_A, True
-    trained = [p for p in twin.parameters() if p.requires_grad]
+    trained = [p for m in inside.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr)
     for batch in list(batches):
         loss = _check_loss(loss_fn(twin, batch))
@@ -559,37 +554,46 @@ def _start(model: nn.Module, sources: list[Iterable], loss_fn: Callable, fit: Ca
         for name, layer in group.items():
             with _naming(name):
                 inside[name].set_factors(*fit(layer, *(totals.pop(name) for totals in passes)))
-    if budget is not None:
-        ranks = allocate_ranks({n: m.lora_B.norm(dim=0) for n, m in inside.items()}, budget)
-        for name, layer in inside.items():
-            layer.set_factors(layer.lora_B[:, :ranks[name]], layer.lora_A[:ranks[name]])
-    step = _line_search(twin, inside, sources[0], loss_fn) if step is None else step
+    spectra = {name: layer.lora_B.norm(dim=0) for name, layer in inside.items()}
+    ranks = {} if budget is None else allocate_ranks(spectra, budget)
     for name, layer in inside.items():
-        layer.set_factors(step / layers[name].scaling * layer.lora_B, layer.lora_A)
+        r, layer.scaling = ranks.get(name), layers[name].scaling
+        B = (1.0 if step is None else step) / layer.scaling * layer.lora_B
+        layer.set_factors(B[:, :r], layer.lora_A[:r])
+    step = line_search(twin, sources[0], loss_fn) if step is None else step
     for name, layer in layers.items():  # nothing can fail any more
         layer.set_factors(inside[name].lora_B, inside[name].lora_A)
     return step
 
 
 @torch.no_grad()
-def _line_search(twin: nn.Module, inside: dict[str, LoRALinear], batches: list,
-                 loss_fn: Callable) -> float:
-    """Newton's step made safe: the t by which every B is multiplied, by the mean loss over batches.
-    From t = 1 go to ¼ … 4⁻⁵ while the loss falls or is not below the pre-trained one. If it is at
-    1, and ¼ is no better, go to 4 … 4⁵ while it falls. 0 if nothing was below the pre-trained."""
+def line_search(model: nn.Module, batches: Iterable, loss_fn: Callable) -> float:
+    """Multiply every B by a t that lowers the mean loss over `batches`, or by 0; returns t.
+
+    Newton's step made safe (ours), in up to eight passes: from t = 1 go to ¼ … 4⁻⁵ while the loss
+    falls or is not below its value at 0; if t = 1 is below it and better than ¼, to 4 … 4⁵ while it
+    falls. Batches that the fit has seen flatter it: after `step=1`, others give a safer t. Raises
+    ValueError for no batches, a loss that is no scalar. On an error nothing changes."""
+    layers, batches = lora_layers(model), list(batches)
+    twin, inside = _twin(model, layers)
+    if not batches:
+        raise ValueError("batches is empty")
+
+    @functools.cache
     def mean_loss(t: float) -> float:
-        for layer in inside.values():
-            layer.scaling = t
+        for name, layer in inside.items():
+            layer.scaling = t * layers[name].scaling
         losses = [_check_loss(loss_fn(twin, b), finite=t == 0).double() for b in batches]
         return float(_summed(sum(losses)) / _summed(sum(map(torch.ones_like, losses))))
 
     pretrained, least, t = mean_loss(0.0), mean_loss(1.0), 1.0
-    for factor in (0.25, 4.0):
-        for _ in range(5):
-            loss = mean_loss(factor * t)
-            if least < pretrained and not loss < least:
-                break
-            least, t = loss, factor * t
-        if t < 1:
+    factor = 4.0 if least < pretrained and not mean_loss(0.25) < least else 0.25
+    for _ in range(5):
+        loss = mean_loss(factor * t)
+        if least < pretrained and not loss < least:
             break
-    return t if least < pretrained else 0.0
+        least, t = loss, factor * t
+    t = t if least < pretrained else 0.0
+    for layer in layers.values():
+        layer.set_factors(t * layer.lora_B, layer.lora_A)
+    return t
