@@ -126,8 +126,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
 
     `targets`: None takes every exact `nn.Linear`; names or dotted suffixes ("q_proj") take the
     modules so called; a predicate chooses among the names of exact `nn.Linear` layers. A layer
-    that the model holds twice becomes one adapter. Returns {name: adapter}. Where a target matches
-    nothing (ValueError) or no `nn.Linear` (TypeError), nothing changes.
+    that the model holds twice goes by its first name and becomes one adapter. Returns {name:
+    adapter}. Where a target matches nothing (ValueError) or no `nn.Linear` (TypeError), nothing
+    changes.
     """
     modules = dict(model.named_modules())
     if targets is None or callable(targets):
@@ -135,7 +136,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
         hits = {targets: [n for n in linears if targets is None or targets(n)]}
     else:
         targets = [targets] if isinstance(targets, str) else targets
-        hits = {t: [n for n in modules if f".{n}".endswith(f".{t}")] for t in targets}
+        hits = {t: [n for n in modules if n and f".{n}".endswith(f".{t}")] for t in targets}
     if not hits or not all(hits.values()):
         raise ValueError(f"a target matches no layer of {type(model).__name__}; found: {hits}")
     names = dict.fromkeys(name for found in hits.values() for name in found)
@@ -193,18 +194,16 @@ def _lowest_eigenvectors(omega: Callable[[Tensor], Tensor], Z: Tensor, rank: int
 
     For n ≤ 1024 or 42·(r + 8) > n exact, by `eigh`. Else the best V within a block Krylov space:
     random columns X, then ZX … Z¹⁰X (what is large in Z is low in Z⁻¹), then ΩZ¹⁰X … Ω¹⁰Z¹⁰X.
-    In exact arithmetic the trace comes near its least without any gap between eigenvalues [6];
-    float32 can miss a signal that is hardly above the noise. O(n·(n + out)·r), whatever Z is.
+    The trace comes near its least without any gap between eigenvalues [6], but ten steps can miss
+    a signal that is hardly above the noise, by a per cent or so. O(n·(n + out)·r), whatever Z is.
     """
-    n, width = len(Z), rank + 8
-    if n <= 1024 or 21 * width > n // 2:
-        dense = omega(torch.eye(n).to(Z))
-        return torch.linalg.eigh((dense + dense.mT) / 2).eigenvectors[:, :rank].clone()
-    generator = torch.Generator().manual_seed(0)  # the same input gives the same bits
-    blocks = [torch.randn(n, width, generator=generator, dtype=Z.dtype).to(Z.device)]
-    for depth in range(20):
-        blocks.append(torch.linalg.qr(Z @ blocks[-1] if depth < 10 else omega(blocks[-1])).Q)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, 21·width)
+    n, width, seeded = len(Z), rank + 8, torch.Generator().manual_seed(0)  # the same bits again
+    basis = torch.eye(n).to(Z)
+    if n > 1024 and 42 * width <= n:
+        blocks = [torch.randn(n, width, generator=seeded).to(Z)]
+        for depth in range(20):
+            blocks.append(torch.linalg.qr(Z @ blocks[-1] if depth < 10 else omega(blocks[-1])).Q)
+        basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, 21·width)
     return basis @ torch.linalg.eigh(basis.mT @ omega(basis)).eigenvectors[:, :rank]
 
 
@@ -222,7 +221,7 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
     2. With W's rows laid end to end, the gradient gxᵀ of one sample is g ⊗ x: J = E[ggᵀ ⊗ xxᵀ].
        K-FAC [5] takes x and g as independent; of E[ggᵀ] keep the diagonal: J = diag(Y) ⊗ Z, so
        that row i of Δ̂ has the covariance Z⁻¹/(N·Yᵢ).
-    3. Keep the part of the fit within A: Ŵ = W + Δ̂AᵀA. By Pythagoras
+    3. Keep the part of the fit within A, AAᵀ = I: Ŵ = W + Δ̂AᵀA. By Pythagoras
        ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖², noise within A and bias outside; in the mean
        E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),   Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in),
        by Ky Fan least if A's rows are the eigenvectors of Ω's r lowest eigenvalues.
@@ -233,8 +232,9 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
 
     Guarantee: on a quadratic loss with Hessian diag(Y) ⊗ Z, undamped, `variance=0`: BA = Δ if
     rank Δ ≤ r. In regression that Y is 1/σ². A measured E[g²], from the data's labels, not the
-    model's, holds the signal too: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². Δ's row space stays,
-    and A's too where rank Δ = r. Several layers that each take the whole step can overshoot.
+    model's (“empirical Fisher”), holds the signal too: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ².
+    Δ's row space stays, and A's too where rank Δ = r. Several layers that each take the whole step
+    can overshoot.
     `variance` weighs Ω's first term. The theory's 1 takes Δ for known; from N′ rows ΔᵀΔ has noise
     of mean (1/N′)·Σᵢ1/Yᵢ·Z⁻¹. At N′ = N weight 1 only cancels it and 2 is unbiased for a fixed A,
     as in Mallows' C_p; more can pay, as A was chosen on that noise (the winner's curse).
@@ -247,6 +247,8 @@ def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank:
                        output_fisher=(output_fisher, (n_out,)))
     L = _cholesky(Z, damping)  # (in, in); the authors' code adds 1e-6 to Z in any units
     Y = Y + damping * Y.mean() if Y.any() else torch.ones_like(Y)  # (out,); no gradient: B = 0
+    if not Y.min() > 0:
+        raise ValueError(f"damping {damping} leaves output_fisher ({n_out},) not positive")
     scaled, weight = G / Y[:, None], variance * (1 / Y).sum() / n_train  # their variance is 0.03
 
     def omega(V: Tensor) -> Tensor:  # ΩV = Z⁻¹(weight·I − GᵀY⁻²G Z⁻¹)V, by thin products
@@ -270,8 +272,8 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
        rows. For A within their span ‖DPAᵀ‖ = ‖DAᵀ‖: the product's top r right singular vectors
        are the best A within it. A span that contains it holds one as good or better; R = in
        (`init_hrp`: where out ≥ in) the best of all.
-    3. The product is never formed: with B_high = Q₁R₁ and A_highᵀ = Q₂R₂ it is Q₁ (R₁R₂ᵀ) Q₂ᵀ,
-       and if the small core is R₁R₂ᵀ = U Σ Vᵀ, its right singular vectors are the columns of Q₂V.
+    3. The product, (out, in), is never formed: with A_highᵀ = Q T, T triangular, it is
+       (B_high Tᵀ) Qᵀ, and if B_high Tᵀ = U Σ Vᵀ, its right singular vectors are the columns of QV.
 
     B = 0 is our reading of the paper's "only the direction"; it writes W + B Aᵀ: its A is our Aᵀ.
     Cost: O((out + in)·R²). Raises ValueError for factors that do not fit, or a B_high of 0.
@@ -281,18 +283,17 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
                               A_high=(A_high, (high, n_in)))
     if not B_high.any():
         raise ValueError(f"B_high ({n_out}, {high}) is 0: no gradient reached the layer")
-    R_1 = torch.linalg.qr(B_high).R  # (≤R, R)
-    Q_2, R_2 = torch.linalg.qr(A_high.mT)  # (in, ≤R), (≤R, R)
-    V_t = torch.linalg.svd(R_1 @ R_2.mT).Vh  # (≤R, ≤R)
-    return B_high.new_zeros(n_out, rank), V_t[:rank] @ Q_2.mT
+    Q, T = torch.linalg.qr(A_high.mT)  # (in, ≤R), (≤R, R)
+    V_t = torch.linalg.svd(B_high @ T.mT, full_matrices=False).Vh  # (≤R, ≤R)
+    return B_high.new_zeros(n_out, rank), V_t[:rank] @ Q.mT
 
 
 @_full_precision
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
-    """T (in, in) with T Z_f Tᵀ = Z_p: of all such the nearest to I, the only one symmetric ≻ 0.
+    """T (in, in) with T Z_f Tᵀ = Z_p: of all such it moves x least; the only one symmetric ≻ 0.
 
-    It carries x of moment Z_f = L_f L_fᵀ (fine-tuning) to Z_p = L_p L_pᵀ (pre-training) and moves
-    it least, E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f): optimal transport of Gaussians, classical
+    It carries x of moment Z_f = L_f L_fᵀ (fine-tuning) to Z_p = L_p L_pᵀ (pre-training), at least
+    E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f): optimal transport of Gaussians, classical
     (Olkin & Pukelsheim; Knott & Smith; Gelbrich). Proof: all T with T Z_f Tᵀ = Z_p are
     L_p Q L_f⁻¹, Q orthogonal. Let L_pᵀL_f = U Σ Vᵀ. Then tr(T Z_f) = tr(Q L_fᵀL_p) is largest at
     Q = U Vᵀ (Procrustes), where T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹. A symmetric T ≻ 0 has no other Q, as
@@ -348,10 +349,9 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     fall, these are the next of each. Raises ValueError for NaN or Inf, and a budget out of range.
     """
     _checked(**{f"spectrum of '{name}'": (s, s.shape) for name, s in spectra.items()})
-    most = sum(len(spectrum) for spectrum in spectra.values())
-    if not len(spectra) <= budget <= most:
-        raise ValueError(f"budget {budget} is not in {len(spectra)}..{most}, 1 a layer at least")
     extra = [(-s, name) for name, spectrum in spectra.items() for s in spectrum.tolist()[1:]]
+    if not 0 <= budget - len(spectra) <= len(extra):
+        raise ValueError(f"budget {budget}: 1 a layer, {len(spectra)}, and up to {len(extra)} more")
     taken = [name for _, name in sorted(extra)[: budget - len(spectra)]]
     return {name: 1 + taken.count(name) for name in spectra}
 
@@ -386,6 +386,8 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
     k, v); in² + out·in + out floats a layer. Raises ValueError for a loss that is no finite scalar
     with a gradient, a mask that does not fit, an input changed in place, an unreached layer."""
     (twin, inside), mask, sums = _twin(model, layers), None, {}
+    for adapter in lora_layers(twin).values():
+        adapter.scaling = 0.0
 
     @functools.lru_cache(maxsize=1)  # q, k and v have the same input: its xᵀx is found once
     def rows_and_gram(x: Tensor, version: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -398,13 +400,12 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
             if x._version != version:
                 raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call")
             rows, gram = rows_and_gram(x, version, mask)  # (rows, in), (in, in)
-        count, Z, *rest = sums[name]
-        count += len(rows)
-        Z += gram
-        if rest:
-            g, (G, Y) = len(rows) * _rows(g, mask), rest  # (rows, out), as the loss is their mean
-            G += g.mT @ rows
-            Y += g.square().sum(dim=0)
+        terms = [len(rows), gram]
+        if g is not None:
+            g = len(rows) * _rows(g, mask)  # (rows, out), as the loss is their mean
+            terms += [g.mT @ rows, g.square().sum(dim=0)]
+        for total, term in zip(sums[name], terms):
+            total += term
 
     def watch(name: str, _: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
@@ -435,13 +436,11 @@ def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: 
 
 
 def _twin(model: nn.Module, layers: dict[str, nn.Linear]) -> tuple[nn.Module, dict]:
-    """A copy of the model, in eval mode, with scalings of 0, that shares all parameters but A, B.
+    """A copy of the model, in eval mode, that shares all parameters with it but A and B.
     Hooks, modes, gradients and new factors live and die on it: nothing has to be undone."""
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False)
               for name, p in model.named_parameters() if "lora_" not in name}
     twin, inside = copy.deepcopy((model, layers), shared)  # takes what is in `shared` as copied
-    for adapter in lora_layers(twin).values():
-        adapter.scaling = 0.0
     return twin.eval(), inside
 
 
@@ -455,11 +454,11 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _check_loss(loss: Tensor, finite: bool = True) -> Tensor:
-    """The loss, if it is a scalar, and has a gradient where gradients are recorded."""
+    """The loss, float32 at least: a scalar, with a gradient where gradients are recorded."""
     scalar = isinstance(loss, Tensor) and loss.numel() == 1 and (loss.isfinite() or not finite)
     if not scalar or torch.is_grad_enabled() > loss.requires_grad:
         raise ValueError(f"the loss is {loss!r}, not a finite scalar tensor with a gradient")
-    return loss
+    return loss.to(_wide(loss.dtype))
 
 
 def _summed(tensor: Tensor) -> Tensor:
@@ -503,8 +502,7 @@ def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
     all by `allocate_ranks`, s unchanged; left out, ranks stay. For the rest see `init_lora_da`."""
     def fit(layer: LoRALinear, *totals: Statistics) -> tuple[Tensor, Tensor]:
         rank = layer.rank if rank_budget is None else min(layer.weight.shape)
-        return cntlora(layer.weight, *(total.input_moment for total in totals), rank=rank,
-                       damping=damping)
+        return cntlora(layer.weight, *(t.input_moment for t in totals), rank=rank, damping=damping)
 
     return _start(model, [batches, pretrain_batches], loss_fn, fit, step, layers_per_pass,
                   rank_budget, mask_fn=mask_fn, backward=False)
@@ -528,9 +526,12 @@ def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_
     trained = [p for m in inside.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr)
     for batch in list(batches):
+        for p in trained:  # what a batch does not reach has a gradient, too: 0
+            p.grad = torch.zeros_like(p)
         loss = _check_loss(loss_fn(twin, batch))
-        for p, g in zip(trained, torch.autograd.grad(loss, trained, materialize_grads=True)):
-            p.grad = _summed(g) / _summed(torch.ones_like(loss))
+        loss.backward()
+        for p in trained:
+            p.grad = _summed(p.grad) / _summed(torch.ones_like(loss))
         optimizer.step()
     for name, layer in inside.items():
         with _naming(name):
@@ -557,8 +558,7 @@ def _start(model: nn.Module, sources: list[Iterable], loss_fn: Callable, fit: Ca
     spectra = {name: layer.lora_B.norm(dim=0) for name, layer in inside.items()}
     ranks = {} if budget is None else allocate_ranks(spectra, budget)
     for name, layer in inside.items():
-        r, layer.scaling = ranks.get(name), layers[name].scaling
-        B = (1.0 if step is None else step) / layer.scaling * layer.lora_B
+        B, r = (1.0 if step is None else step) / layer.scaling * layer.lora_B, ranks.get(name)
         layer.set_factors(B[:, :r], layer.lora_A[:r])
     step = line_search(twin, sources[0], loss_fn) if step is None else step
     for name, layer in layers.items():  # nothing can fail any more
@@ -570,26 +570,25 @@ def _start(model: nn.Module, sources: list[Iterable], loss_fn: Callable, fit: Ca
 def line_search(model: nn.Module, batches: Iterable, loss_fn: Callable) -> float:
     """Multiply every B by a t that lowers the mean loss over `batches`, or by 0; returns t.
 
-    Newton's step made safe (ours), in up to eight passes: from t = 1 go to ¼ … 4⁻⁵ while the loss
-    falls or is not below its value at 0; if t = 1 is below it and better than ¼, to 4 … 4⁵ while it
+    A full step made safe (ours), in up to eight passes: from t = 1 go to ¼ … 4⁻⁵ while the loss
+    falls or is not below its value at 0; if t = 1 is below it and ¼ no better, to 4 … 4⁵ while it
     falls. Batches that the fit has seen flatter it: after `step=1`, others give a safer t. Raises
-    ValueError for no batches, a loss that is no scalar. On an error nothing changes."""
+    ValueError for no batches or a loss that is no scalar, and changes nothing then."""
     layers, batches = lora_layers(model), list(batches)
     twin, inside = _twin(model, layers)
     if not batches:
         raise ValueError("batches is empty")
 
-    @functools.cache
-    def mean_loss(t: float) -> float:
+    def total_loss(t: float) -> float:
         for name, layer in inside.items():
             layer.scaling = t * layers[name].scaling
-        losses = [_check_loss(loss_fn(twin, b), finite=t == 0).double() for b in batches]
-        return float(_summed(sum(losses)) / _summed(sum(map(torch.ones_like, losses))))
+        losses = [_check_loss(loss_fn(twin, batch), finite=t == 0) for batch in batches]
+        return float(_summed(sum(losses)))
 
-    pretrained, least, t = mean_loss(0.0), mean_loss(1.0), 1.0
-    factor = 4.0 if least < pretrained and not mean_loss(0.25) < least else 0.25
+    pretrained, least, t = total_loss(0.0), total_loss(1.0), 1.0
+    factor = 4.0 if least < pretrained and not total_loss(0.25) < least else 0.25
     for _ in range(5):
-        loss = mean_loss(factor * t)
+        loss = total_loss(factor * t)
         if least < pretrained and not loss < least:
             break
         least, t = loss, factor * t
