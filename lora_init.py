@@ -1,118 +1,121 @@
 # SPDX-License-Identifier: MIT
-"""Data-driven starting points for LoRA: three algorithms, as plain functions on tensors.
+"""Data-driven starting points for LoRA: three published algorithms, as plain functions.
 
-LoRA fine-tunes a frozen weight W through two thin factors:   y = W x + b + s·B A x   [1].
+LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b + s·B A x
 
-    W  weight       (out, in)  frozen          x  (…, in)   a layer's input row
-    A  lora_A       (r, in)    projects down   g  (…, out)  ∂(−log p)/∂y at the layer's output
-    B  lora_B       (out, r)   projects up     Z  input_moment   (in, in)   E[x xᵀ]
-    s  scaling      scalar     alpha / r       Y  output_fisher  (out,)     E[g²]
-    ΔW delta_weight (out, in)  s·B A           G  gradient       (out, in)  E[g xᵀ] = ∂E(−log p)/∂W
+    W  weight        (out, in)   frozen           x  (…, in)    one row of a layer's input
+    A  lora_A        (r, in)     projects down    g  (…, out)   ∂(−log p)/∂y for that row
+    B  lora_B        (out, r)    projects up      Z  input_moment   (in, in)   E[x xᵀ]
+    s  scaling       alpha / r                    Y  output_fisher  (out,)     E[g²]
+    ΔW delta_weight  (out, in)   s·B A            G  gradient       (out, in)  E[g xᵀ]
 
-    plain LoRA  looks at nothing;           starts at A random, B = 0
-    lora_da     at inputs and gradients;    at a Newton step, within the A of least bias + variance
-    hrp         at a short training;        at its main directions as A, and B = 0
-    cntlora     at inputs, not at labels;   where output moments match, cut to rank r
+Plain LoRA starts at a random A and B = 0. The three algorithms look at data first:
 
-Read in order and stop after any part; the mathematics ends with part 3.
+    lora_da [2]   inputs and gradients          the A that errs least, and a step within it
+    hrp [3]       a short high-rank training    its main directions as A, and B = 0
+    cntlora [4]   inputs, no labels             the change that restores the inputs' moments
 
-[1] LoRA, arXiv 2106.09685.                     [2] LoRA-DA, arXiv 2510.24561 v3.
-[3] High-Rank Preheating, arXiv 2502.07739 v3.  [4] ConsNoTrainLoRA, arXiv 2507.08044.
-[5] K-FAC, arXiv 1503.05671.                    [6] Block Krylov methods, arXiv 1504.05477.
+The file reads from top to bottom, and you can stop after any part: the layer, the algorithms,
+the statistics that they need, whole models.
+
+[1] LoRA, arXiv 2106.09685.
+[2] LoRA-DA, arXiv 2510.24561, ICML 2026. The whole paper, checked against its authors' code.
+[3] High-Rank Preheating, arXiv 2502.07739 v3. Only the abstract and its theorem's claim.
+[4] ConsNoTrainLoRA, arXiv 2507.08044. Only the abstract: the equations here are our own.
+[5] K-FAC, arXiv 1503.05671.    [6] Block Krylov methods, arXiv 1504.05477.
 """
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from numbers import Integral
 
 import torch
 from torch import Tensor, distributed, nn
 
-_wide = functools.partial(torch.promote_types, torch.float32)  # a dtype, float32 at least
-
 # ---------------------------------------------------------------------------- 1. the layer
 
-class LoRALinear(nn.Linear):
-    """y = W x + b + s·B A x: an `nn.Linear` whose weight is frozen, plus a trainable thin term.
 
-    x (…, in) → y (…, out). The given layer's `weight` and `bias` are shared and frozen, never
-    copied or written. It starts as plain LoRA: A Kaiming-uniform, B = 0, the function unchanged.
-    Factors are float32 at least. `alpha=None` means s = 1; `scaling = 0` is off. Raises TypeError
-    unless `linear` is exactly an `nn.Linear`, ValueError for rank or alpha out of range.
+class LoRALinear(nn.Module):
+    """y = base_layer(x) + s·B A x: a linear layer, frozen and called as it is, plus a thin term.
+
+    x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
+    that the function is unchanged. A and B are float32 at least. `alpha=None` means s = 1, and
+    `scaling = 0` switches the adapter off. Raises ValueError for a rank or an alpha out of range.
     """
-    rank = property(lambda self: len(self.lora_A))
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float | None = None):
-        _check_adaptable(linear, rank, alpha)
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.requires_grad_(False).train(linear.training)
-        like = {"device": self.weight.device, "dtype": _wide(self.weight.dtype)}
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float | None = None):
+        super().__init__()
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
+        _check_rank(rank, self.in_features, self.out_features)
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha {alpha} is not positive and finite")
+        device = base_layer.weight.device
+        dtype = _at_least_float32(base_layer.weight.dtype)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scaling = 1.0 if alpha is None else alpha / rank
+        self.base_layer = base_layer.requires_grad_(False)
+        self.train(base_layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)  # (…, out)
+        y = self.base_layer(input)  # (…, out)
         if self.scaling == 0:
             return y
         down = input.to(self.lora_A.dtype) @ self.lora_A.mT  # (…, r)
-        return y + (self.scaling * down @ self.lora_B.mT).to(y.dtype)
+        up = self.scaling * down @ self.lora_B.mT  # (…, out)
+        return y + up.to(y.dtype)
+
+    @property
+    def rank(self) -> int:
+        return len(self.lora_A)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W, (out, in). Raises TypeError where it is stored quantized and cannot be read."""
+        weight = self.base_layer.weight
+        if not weight.is_floating_point():
+            kind = type(self.base_layer).__name__
+            raise TypeError(f"{kind} holds a quantized {weight.dtype} weight: dequantize it first")
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΔW, for code that reads a layer's weight instead of calling the layer."""
+        return (self.base_weight + self.delta_weight()).to(self.base_weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
 
     def delta_weight(self) -> Tensor:
-        """s·B A, (out, in), in the factors' dtype."""
+        """ΔW = s·B A, (out, in)."""
         return self.scaling * self.lora_B @ self.lora_A
 
-    @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor) -> None:
-        """Copy in B (out, r) and A (r, in); at the same r the Parameters stay the same objects."""
-        n_out, n_in = self.weight.shape
-        _checked(len(A), min(n_out, n_in), A=(A, (len(A), n_in)), B=(B, (n_out, len(A))))
-        if len(A) != self.rank:
-            self.lora_A = nn.Parameter(self.lora_A.new_empty(A.shape), self.lora_A.requires_grad)
-            self.lora_B = nn.Parameter(self.lora_B.new_empty(B.shape), self.lora_B.requires_grad)
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
+        """Copy in B (out, r) and A (r, in), of any rank; the Parameters stay the same objects.
+
+        Raises ValueError for factors that do not fit or that hold NaN or Inf.
+        """
+        _check_rank(len(A), self.in_features, self.out_features)
+        _check_shape("A", A, (len(A), self.in_features))
+        _check_shape("B", B, (self.out_features, len(A)))
+        _check_finite("A", A)
+        _check_finite("B", B)
+        self.lora_A.data = A.detach().to(self.lora_A, copy=True)
+        self.lora_B.data = B.detach().to(self.lora_B, copy=True)
 
     def merged(self) -> nn.Linear:
-        """A new, frozen `nn.Linear` with weight W + s·B A; this layer is left as it is."""
+        """A new, frozen `nn.Linear` with weight W + ΔW; hooks of the base layer are not copied."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter((self.weight + self.delta_weight()).to(self.weight.dtype))
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        linear.weight = nn.Parameter(self.weight.detach())
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         return linear.requires_grad_(False).train(self.training)
-
-
-def _checked(rank: int = 1, limit: int = 1, **tensors: tuple[Tensor, tuple]) -> list[Tensor]:
-    """The tensors, each given with its due shape, in float32 at least; the rank is checked too."""
-    if not (isinstance(rank, int) and 1 <= rank <= limit):
-        raise ValueError(f"rank {rank} is not in 1..{limit}, the most that fits here")
-    for name, (tensor, shape) in tensors.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} {tuple(shape)} holds NaN or Inf: check the data and the loss")
-    return [tensor.to(_wide(tensor.dtype)) for tensor, _ in tensors.values()]
-
-
-def _check_adaptable(module: nn.Module, rank: int, alpha: float | None) -> None:
-    if type(module) is not nn.Linear:
-        raise TypeError(f"{type(module).__name__} is not exactly nn.Linear: replace or leave it")
-    _checked(rank, min(module.weight.shape))
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha {alpha} is not positive and finite")
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the layer's name before the message of an error raised inside."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"layer '{name}': {error}") from error
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -120,479 +123,811 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float | None = None,
-             targets: str | Iterable[str] | Callable | None = None) -> dict[str, LoRALinear]:
-    """Swap linear layers for `LoRALinear`, in place, and freeze everything but the adapters.
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: str | Iterable[str] | None = None,
+) -> dict[str, LoRALinear]:
+    """Wrap linear layers in `LoRALinear`, in place, and freeze everything but the adapters.
 
-    `targets`: None takes every exact `nn.Linear`; names or dotted suffixes ("q_proj") take the
-    modules so called; a predicate chooses among the names of exact `nn.Linear` layers. A layer
-    that the model holds twice goes by its first name and becomes one adapter. Returns {name:
-    adapter}. Where a target matches nothing (ValueError) or no `nn.Linear` (TypeError), nothing
-    changes.
+    `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
+    is not yet adapted. A layer that the model holds twice goes by its first name. Returns the new
+    adapters by name. Raises ValueError for a target that matches nothing and for a rank or alpha
+    out of range, TypeError for a target that is not an `nn.Linear`; then nothing changes.
     """
-    modules = dict(model.named_modules())
-    if targets is None or callable(targets):
-        linears = [n for n, m in modules.items() if n and type(m) is nn.Linear]
-        hits = {targets: [n for n in linears if targets is None or targets(n)]}
-    else:
-        targets = [targets] if isinstance(targets, str) else targets
-        hits = {t: [n for n in modules if n and f".{n}".endswith(f".{t}")] for t in targets}
-    if not hits or not all(hits.values()):
-        raise ValueError(f"a target matches no layer of {type(model).__name__}; found: {hits}")
-    names = dict.fromkeys(name for found in hits.values() for name in found)
-    for name in names:
+    linears = _find_linears(model, targets)
+    for name, linear in linears.items():
         with _naming(name):
-            _check_adaptable(modules[name], rank, alpha)
-            encoder = isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer)
-            if encoder and torch.backends.mha.get_fastpath_enabled():  # reads weights, not layers
-                raise TypeError("bypassed: call torch.backends.mha.set_fastpath_enabled(False)")
-    for name, parameter in model.named_parameters():  # adapters made before stay as they are
-        parameter.requires_grad_(parameter.requires_grad and "lora_" in name)
-    adapters = {name: LoRALinear(modules[name], rank, alpha) for name in names}
-    _swap(model, {modules[name]: adapter for name, adapter in adapters.items()})
+            _check_rank(rank, linear.in_features, linear.out_features)
+    earlier = _factors(model)
+    adapters = {name: LoRALinear(linear, rank, alpha) for name, linear in linears.items()}
+    for parameter in model.parameters():
+        if parameter not in earlier:
+            parameter.requires_grad_(False)
+    _replace(model, {adapter.base_layer: adapter for adapter in adapters.values()})
     return adapters
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Swap every adapter for its merged `nn.Linear`, in place; returns the model."""
-    if isinstance(model, LoRALinear):
-        raise TypeError("the model is itself a LoRALinear: call its merged()")
-    _swap(model, {layer: layer.merged() for layer in lora_layers(model).values()})
+    """Replace every adapter by its merged linear layer, in place; returns the model.
+
+    Raises TypeError, and changes nothing, where a base weight is stored quantized.
+    """
+    merged = {}
+    for name, layer in lora_layers(model).items():
+        with _naming(name):
+            merged[layer] = layer.merged()
+    _replace(model, merged)
     return model
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Linear]:
+    """The linear layers that `targets` name and that are not yet adapted."""
+    adapted = {layer.base_layer for layer in lora_layers(model).values()}
+    modules = {name: m for name, m in model.named_modules() if name and m not in adapted}
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    if targets is None:
+        targets = list(linears)
+    elif isinstance(targets, str):
+        targets = [targets]
+    found = {}
+    for target in targets:
+        matches = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if not matches:
+            raise ValueError(f"'{target}' matches no layer; there are {list(linears)}")
+        for name in matches:
+            if name not in linears:
+                kind = type(modules[name]).__name__
+                raise TypeError(f"layer '{name}' is a {kind}, not an nn.Linear")
+            found[name] = linears[name]
+    if not found:
+        raise ValueError(
+            f"no linear layer of {type(model).__name__} is left to adapt; there are {list(linears)}"
+        )
+    return found
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, replacements[module])
+            model.set_submodule(name, replacements[module])
 
 
-# ---------------------------------------------------------------------------- 2. linear algebra
+def _factors(model: nn.Module) -> set[nn.Parameter]:
+    """The A and B of every adapter."""
+    layers = lora_layers(model).values()
+    return {factor for layer in layers for factor in (layer.lora_A, layer.lora_B)}
 
-def _full_precision(function: Callable) -> Callable:
-    """No gradient is recorded inside, and a surrounding autocast does not reach in."""
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
+
+
+def _check_rank(rank: int, *limits: int) -> None:
+    if not isinstance(rank, Integral) or not 1 <= rank <= min(limits):
+        raise ValueError(f"rank {rank} is not a whole number in 1..{min(limits)}")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} {tuple(tensor.shape)} holds NaN or Inf")
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Put the layer's name in front of an error that is raised inside."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer '{layer}': {error}") from error
+
+
+# ---------------------------------------------------------------------------- 2. the algorithms
+
+
+def _in_float32(function: Callable) -> Callable:
+    """Compute in float32 at least, without a graph or autocast, and refuse NaN and Inf by name."""
+
     @functools.wraps(function)
     def wrapper(*args: object, **kwargs: object) -> object:
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+        tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+        dtype = torch.float32
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor)
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        device = tensor.device.type
+        for name, tensor in tensors.items():
+            arguments[name] = tensor.to(dtype)
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(**arguments)
+
     return wrapper
 
 
-def _cholesky(moment: Tensor, damping: float) -> Tensor:
-    """Lower L with L Lᵀ = C + damping·mean(diag C)·I: relative to C, so units do not matter."""
-    shift = damping * moment.diagonal().mean()
-    L, failed = torch.linalg.cholesky_ex(moment + shift * torch.eye(len(moment)).to(moment))
-    if failed or not 0 <= damping < math.inf:
-        raise ValueError(f"damping {damping} leaves Z {tuple(moment.shape)} not positive definite")
+@_in_float32
+def lora_da(
+    gradient: Tensor,
+    input_moment: Tensor,
+    output_fisher: Tensor,
+    rank: int,
+    n_train: int,
+    *,
+    variance: float = 1.0,
+    damping: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """LoRA-DA [2, Algorithm 1]: the A within which a fit on `n_train` rows errs least, and its B.
+
+    Takes the means G (out, in), Z (in, in) and Y (out,); returns B (out, r) and A (r, in), AAᵀ = I.
+    `variance` weighs the first term of Ω below; the theory's 1 assumes that Δ is known exactly.
+
+    1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
+       likelihood fit of all of W on N given inputs. It is unbiased with covariance J⁻¹/N, the least
+       there is (Cramér–Rao), if J is the Fisher information of a row, averaged over the inputs.
+       This is exact in linear regression with Gaussian noise, and elsewhere a limit for large N.
+
+    2. What is J? Lay the rows of W end to end. The gradient of one row, g xᵀ, becomes g ⊗ x. At the
+       truth its mean over labels is 0, so that J = E[ggᵀ ⊗ xxᵀ]. K-FAC [5] treats g and x as
+       independent, and of E[ggᵀ] we keep the diagonal: J = diag(Y) ⊗ Z. Then row i of Δ̂ has the
+       covariance Z⁻¹/(N·Yᵢ). (The paper has [Y⁻¹]ᵢᵢ, the diagonal of the inverse of all of E[ggᵀ].
+       Its authors' default code has 1/Yᵢᵢ, as we do, which is no more than that.)
+
+    3. Which A? Keep of the fit what lies within A, where AAᵀ = I: Ŵ = W + Δ̂AᵀA. Its error is
+           Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA),
+       noise within A and bias outside. The two are orthogonal, as AᵀA(I − AᵀA) = 0, so that
+           ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
+       Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ). The rows together give
+           E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
+       which is least where A's rows are the eigenvectors of Ω's r lowest eigenvalues (Ky Fan).
+
+    4. Which Δ, and which B? For the unknown Δ take one natural-gradient step, J vec Δ = −vec G. As
+       J vec Δ = vec(diag(Y)ΔZ), it is Δ = −diag(Y)⁻¹ G Z⁻¹. The fit within A is ΔAᵀA: B = ΔAᵀ.
+
+    A frozen. The paper fits B alone. On given inputs that fit has no more variance than Ω counts:
+    the covariance of a row is (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ, as the inverse of a block is
+    at most the block of the inverse (M ⪯ N: N − M has no negative eigenvalue). It has no less bias,
+    as B = ΔAᵀ has the least. On random inputs, what ΔX leaves outside A is noise, too.
+
+    Guarantee: with `variance=0` and `damping=0`, on a quadratic loss with the Hessian diag(Y) ⊗ Z,
+    where G = −diag(Y)ΔZ, this Δ is the true one, and BA = Δ if rank Δ ≤ r. In regression with noise
+    of variance σ² that Y is 1/σ². A measured E[g²], with the data's labels and g = −(Δx + ε)/σ²,
+    holds the signal, too: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where
+    rank Δ = r. Several layers that each take the whole step can overshoot: see `init_lora_da`.
+
+    A zero gradient gives B = 0 and the A of least variance. Raises ValueError for tensors that do
+    not fit or are not finite, numbers out of range, and moments that the damping leaves singular.
+    """
+    n_out, n_in = gradient.shape
+    _check_rank(rank, n_out, n_in)
+    _check_shape("input_moment", input_moment, (n_in, n_in))
+    _check_shape("output_fisher", output_fisher, (n_out,))
+    if not n_train >= 1 or not 0 <= variance < math.inf:
+        raise ValueError(f"n_train {n_train} is below 1, or variance {variance} not in [0, ∞)")
+    if not output_fisher.any():
+        output_fisher = torch.ones_like(output_fisher)
+
+    Y = output_fisher + damping * output_fisher.mean()  # (out,)
+    if not Y.min() > 0:
+        raise ValueError(f"damping {damping} leaves output_fisher ({n_out},) not positive")
+    Z = _damped(input_moment, damping)  # (in, in); the authors' code adds 1e-6·I in any units
+    Z_inverse = torch.cholesky_inverse(_cholesky("input_moment", Z))  # (in, in)
+    # The authors divide Δ by its largest singular value and, at the end, A and B by √γ = 32.
+    delta = -(gradient / Y[:, None]) @ Z_inverse  # (out, in)
+    # Their weight is 0.03 with N in sequences and Y per token: not to be compared with ours.
+    noise = variance * (1 / Y).sum() / n_train
+    A = _lowest_eigenvectors(Z, Z_inverse, noise, delta, rank).mT  # (r, in)
+    B = delta @ A.mT  # (out, r)
+    return B, A
+
+
+def _damped(moment: Tensor, damping: float) -> Tensor:
+    """C + damping·mean(diag C)·I: the unit of x, if all its coordinates share one, cancels."""
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping {damping} is not in [0, ∞)")
+    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
+
+
+def _cholesky(name: str, moment: Tensor) -> Tensor:
+    """The lower triangular L with L Lᵀ = C."""
+    L, failed = torch.linalg.cholesky_ex(moment)
+    if failed:
+        shape = tuple(moment.shape)
+        raise ValueError(f"{name} {shape} is not positive definite: give more rows or more damping")
     return L
 
 
-def _lowest_eigenvectors(omega: Callable[[Tensor], Tensor], Z: Tensor, rank: int) -> Tensor:
-    """Orthonormal V (n, rank) with the least tr(VᵀΩV); `omega` multiplies (n, k) by symmetric Ω.
+def _lowest_eigenvectors(
+    Z: Tensor, Z_inverse: Tensor, noise: Tensor, delta: Tensor, rank: int
+) -> Tensor:
+    """Orthonormal V (n, rank), the lowest eigenvectors of Ω = noise·Z⁻¹ − ΔᵀΔ.
 
-    For n ≤ 1024 or 42·(r + 8) > n exact, by `eigh`. Else the best V within a block Krylov space:
-    random columns X, then ZX … Z¹⁰X (what is large in Z is low in Z⁻¹), then ΩZ¹⁰X … Ω¹⁰Z¹⁰X.
-    The trace comes near its least without any gap between eigenvalues [6], but ten steps can miss
-    a signal that is hardly above the noise, by a per cent or so. O(n·(n + out)·r), whatever Z is.
+    They are exact up to n = 1024. Beyond that they are the best within two Krylov spaces [6]. A
+    direction is low in Ω if it has little noise, which means it is high in Z, or much signal, which
+    means it is high in ΔᵀΔ. So start from a random block of rank + 8 columns, take nine products
+    with Z and nine with ΔᵀΔ, and solve the problem within all these columns (Rayleigh–Ritz). In the
+    tests, ‖Δ‖² + tr(VᵀΩV) comes within 1 % of ‖Δ‖² + |least trace|. This is not proved.
     """
-    n, width, seeded = len(Z), rank + 8, torch.Generator().manual_seed(0)  # the same bits again
-    basis = torch.eye(n).to(Z)
-    if n > 1024 and 42 * width <= n:
-        blocks = [torch.randn(n, width, generator=seeded).to(Z)]
-        for depth in range(20):
-            blocks.append(torch.linalg.qr(Z @ blocks[-1] if depth < 10 else omega(blocks[-1])).Q)
-        basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, 21·width)
-    return basis @ torch.linalg.eigh(basis.mT @ omega(basis)).eigenvectors[:, :rank]
+    n = len(Z)
+    width = rank + 8
+    products = 9
+    columns = (1 + 2 * products) * width
+    if n <= max(1024, 2 * columns):
+        omega = noise * Z_inverse - delta.mT @ delta  # (n, n)
+        return torch.linalg.eigh(omega).eigenvectors[:, :rank]
+
+    generator = torch.Generator(device="cpu").manual_seed(0)  # the same directions each time
+    start = torch.randn(n, width, generator=generator, device="cpu").to(Z)
+    blocks = [start]
+    block = start
+    for _ in range(products):
+        block = torch.linalg.qr(Z @ block).Q
+        blocks.append(block)
+    block = start
+    for _ in range(products):
+        block = torch.linalg.qr(delta.mT @ (delta @ block)).Q
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, columns)
+    signal = delta @ basis  # (out, columns)
+    omega = noise * basis.mT @ (Z_inverse @ basis) - signal.mT @ signal  # (columns, columns)
+    return basis @ torch.linalg.eigh(omega).eigenvectors[:, :rank]
 
 
-# ---------------------------------------------------------------------------- 3. the algorithms
-
-@_full_precision
-def lora_da(gradient: Tensor, input_moment: Tensor, output_fisher: Tensor, rank: int,
-            n_train: int, *, variance: float = 1.0, damping: float = 0.1) -> tuple[Tensor, Tensor]:
-    """LoRA-DA [2, Algorithm 1]: the A within which a fit on `n_train` rows errs least, and its B.
-
-    Takes G (out, in), Z (in, in), Y (out,); returns B (out, r) and A (r, in), AAᵀ = I.
-    1. Let W* = W + Δ be the truth, and Δ̂ the maximum-likelihood fit of all of W on N samples:
-       unbiased, with the least covariance of all such (Cramér–Rao), J⁻¹/N, J the Fisher
-       information of one. Exact in Gaussian regression on given inputs, else a limit for large N.
-    2. With W's rows laid end to end, the gradient gxᵀ of one sample is g ⊗ x: J = E[ggᵀ ⊗ xxᵀ].
-       K-FAC [5] takes x and g as independent; of E[ggᵀ] keep the diagonal: J = diag(Y) ⊗ Z, so
-       that row i of Δ̂ has the covariance Z⁻¹/(N·Yᵢ).
-    3. Keep the part of the fit within A, AAᵀ = I: Ŵ = W + Δ̂AᵀA. By Pythagoras
-       ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖², noise within A and bias outside; in the mean
-       E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),   Ω = (1/N)·Σᵢ1/Yᵢ·Z⁻¹ − ΔᵀΔ   (in, in),
-       by Ky Fan least if A's rows are the eigenvectors of Ω's r lowest eigenvalues.
-    4. For the unknown Δ, and for Δ̂, take one natural-gradient step, J vec Δ = −vec G. As J vec Δ =
-       vec(diag(Y) Δ Z), it is Δ = −diag(Y)⁻¹ G Z⁻¹. And B = ΔAᵀ, by step 3, for s = 1.
-    The paper fits B alone, A frozen: no more variance than Ω counts, as (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ (matrix
-    Cauchy–Schwarz), and no less bias, as that fit weighs it by Z.
-
-    Guarantee: on a quadratic loss with Hessian diag(Y) ⊗ Z, undamped, `variance=0`: BA = Δ if
-    rank Δ ≤ r. In regression that Y is 1/σ². A measured E[g²], from the data's labels, not the
-    model's (“empirical Fisher”), holds the signal too: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ².
-    Δ's row space stays, and A's too where rank Δ = r. Several layers that each take the whole step
-    can overshoot.
-    `variance` weighs Ω's first term. The theory's 1 takes Δ for known; from N′ rows ΔᵀΔ has noise
-    of mean (1/N′)·Σᵢ1/Yᵢ·Z⁻¹. At N′ = N weight 1 only cancels it and 2 is unbiased for a fixed A,
-    as in Mallows' C_p; more can pay, as A was chosen on that noise (the winner's curse).
-    Raises ValueError for NaN or Inf, and what does not fit."""
-    n_out, n_in = gradient.shape
-    if not n_train >= 1 or not 0 <= variance < math.inf:
-        raise ValueError(f"n_train {n_train} must be at least 1, variance {variance} in [0, ∞)")
-    G, Z, Y = _checked(rank, min(n_out, n_in), gradient=(gradient, (n_out, n_in)),
-                       input_moment=(input_moment, (n_in, n_in)),
-                       output_fisher=(output_fisher, (n_out,)))
-    L = _cholesky(Z, damping)  # (in, in); the authors' code adds 1e-6 to Z in any units
-    Y = Y + damping * Y.mean() if Y.any() else torch.ones_like(Y)  # (out,); no gradient: B = 0
-    if not Y.min() > 0:
-        raise ValueError(f"damping {damping} leaves output_fisher ({n_out},) not positive")
-    scaled, weight = G / Y[:, None], variance * (1 / Y).sum() / n_train  # their variance is 0.03
-
-    def omega(V: Tensor) -> Tensor:  # ΩV = Z⁻¹(weight·I − GᵀY⁻²G Z⁻¹)V, by thin products
-        V = weight * V - scaled.mT @ (scaled @ torch.cholesky_solve(V, L))
-        return torch.cholesky_solve(V, L)
-
-    A = _lowest_eigenvectors(omega, Z, rank).mT  # (r, in)
-    return -scaled @ torch.cholesky_solve(A.mT, L), A  # B = ΔAᵀ; they shrink Δ, then both factors
-
-
-@_full_precision
+@_in_float32
 def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """High-Rank Preheating [3]: the main directions of a short training at a higher rank.
 
-    Takes B_high (out, R) and A_high (R, in), trained for a few steps; returns B = 0 (out, r) and
-    A (r, in), AAᵀ = I: the function is unchanged, only the directions are new.
-    1. Let the loss be ‖D − BA‖² (least squares, Z = I; D the change that is needed). At a frozen
-       A, AAᵀ = I, the best B = DAᵀ leaves ‖D‖² − ‖DAᵀ‖², the least, by Eckart–Young, if A holds
-       the top r right singular vectors of D. But D is unknown.
-    2. Train B_high at a random A_high: converged, B_high·A_high = DP, P the projector on A_high's
-       rows. For A within their span ‖DPAᵀ‖ = ‖DAᵀ‖: the product's top r right singular vectors
-       are the best A within it. A span that contains it holds one as good or better; R = in
-       (`init_hrp`: where out ≥ in) the best of all.
-    3. The product, (out, in), is never formed: with A_highᵀ = Q T, T triangular, it is
-       (B_high Tᵀ) Qᵀ, and if B_high Tᵀ = U Σ Vᵀ, its right singular vectors are the columns of QV.
+    Takes B_high (out, R) and A_high (R, in), trained for a few steps. Returns B = 0 (out, r) and
+    A (r, in) with AAᵀ = I: the function is unchanged, only the directions are new.
 
-    B = 0 is our reading of the paper's "only the direction"; it writes W + B Aᵀ: its A is our Aᵀ.
-    Cost: O((out + in)·R²). Raises ValueError for factors that do not fit, or a B_high of 0.
+    1. Which A would be best? Let D be the change that is needed and ‖D − BA‖² the loss: least
+       squares with Z = I. At a frozen A with AAᵀ = I the best B is DAᵀ, which leaves
+       ‖D‖² − ‖DAᵀ‖². That is least if A holds the top r right singular vectors of D
+       (Eckart–Young). But D is unknown.
+
+    2. What does preheating find? Train B_high at a random, frozen A_high until it converges. The
+       normal equations (D − B_high·A_high)·A_highᵀ = 0 say that B_high·A_high = DP, where P
+       projects on the rows of A_high. For every A within their span ‖DPAᵀ‖ = ‖DAᵀ‖, so that the
+       product's top r right singular vectors are the best A within it.
+
+    3. Why at a high rank? A span that contains another one holds an A that is as good or better.
+       With R = in it holds the best of all; `init_hrp` goes there if preheat_rank ≥ in and
+       out ≥ in.
+
+    4. How, without forming the product? Let A_highᵀ = Q T, with T triangular. The product is
+       (B_high Tᵀ) Qᵀ. If B_high Tᵀ = U Σ Vᵀ, its right singular vectors are the columns of Q V.
+
+    B = 0 is our reading of the paper's words that only the direction is modified. Cost:
+    O((out + in)·R²). Raises ValueError for factors that do not fit or are not finite, and for a
+    B_high of 0, which no gradient has reached.
     """
-    (n_out, high), n_in = B_high.shape, A_high.shape[1]
-    B_high, A_high = _checked(rank, min(n_out, n_in, high), B_high=(B_high, (n_out, high)),
-                              A_high=(A_high, (high, n_in)))
+    n_out, high = B_high.shape
+    n_in = A_high.shape[1]
+    _check_shape("A_high", A_high, (high, n_in))
+    _check_rank(rank, n_out, n_in, high)
     if not B_high.any():
-        raise ValueError(f"B_high ({n_out}, {high}) is 0: no gradient reached the layer")
-    Q, T = torch.linalg.qr(A_high.mT)  # (in, ≤R), (≤R, R)
-    V_t = torch.linalg.svd(B_high @ T.mT, full_matrices=False).Vh  # (≤R, ≤R)
-    return B_high.new_zeros(n_out, rank), V_t[:rank] @ Q.mT
+        raise ValueError(f"B_high {tuple(B_high.shape)} is 0: no gradient reached the layer")
+    Q, T = torch.linalg.qr(A_high.mT)
+    V_t = torch.linalg.svd(B_high @ T.mT, full_matrices=False).Vh
+    B = B_high.new_zeros(n_out, rank)
+    A = V_t[:rank] @ Q.mT
+    return B, A
 
 
-@_full_precision
+@_in_float32
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
-    """T (in, in) with T Z_f Tᵀ = Z_p: of all such it moves x least; the only one symmetric ≻ 0.
+    """T (in, in) with T Z_f Tᵀ = Z_p: of all such maps the one that moves x least.
 
-    It carries x of moment Z_f = L_f L_fᵀ (fine-tuning) to Z_p = L_p L_pᵀ (pre-training), at least
-    E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f): optimal transport of Gaussians, classical
-    (Olkin & Pukelsheim; Knott & Smith; Gelbrich). Proof: all T with T Z_f Tᵀ = Z_p are
-    L_p Q L_f⁻¹, Q orthogonal. Let L_pᵀL_f = U Σ Vᵀ. Then tr(T Z_f) = tr(Q L_fᵀL_p) is largest at
-    Q = U Vᵀ (Procrustes), where T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹. A symmetric T ≻ 0 has no other Q, as
-    L_fᵀL_p = (L_fᵀT L_f) Qᵀ is a polar decomposition. Raises ValueError unless Z_f, Z_p ≻ 0."""
-    Z_f, Z_p = _checked(Z_f=(Z_f, 2 * Z_f.shape[:1]), Z_p=(Z_p, Z_f.shape))
-    L_f, L_p = _cholesky(Z_f, damping=0), _cholesky(Z_p, damping=0)
+    Fine-tuning inputs x have the moment Z_f = L_f L_fᵀ; after the map they have pre-training's,
+    Z_p = L_p L_pᵀ (both in, in, and taken to be symmetric). This is optimal transport between
+    Gaussians, and classical (Olkin & Pukelsheim; Knott & Smith; Gelbrich).
+
+    1. Which maps are there? T L_f and L_p are two roots of Z_p, so that T = L_p Q L_f⁻¹ with an
+       orthogonal Q.
+    2. Which moves x least? E‖Tx − x‖² = tr Z_f + tr Z_p − 2 tr(T Z_f), so make tr(T Z_f) large.
+       With L_pᵀL_f = U Σ Vᵀ it is tr(Q L_fᵀL_p) = tr(Q V Σ Uᵀ) = tr(Σ·UᵀQV). As the diagonal of an
+       orthogonal matrix is at most 1, no Q gives more than Q = U Vᵀ (Procrustes).
+    3. What is that map? L_p = L_f⁻ᵀ V Σ Uᵀ, so T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹ is symmetric and positive
+       definite. No other map with T Z_f Tᵀ = Z_p is: for such a T, L_fᵀL_p = (L_fᵀ T L_f) Qᵀ is a
+       polar decomposition, and an invertible matrix has only one.
+
+    Raises ValueError unless both moments are positive definite to Cholesky's factorization.
+    """
+    n = len(Z_f)
+    _check_shape("Z_f", Z_f, (n, n))
+    _check_shape("Z_p", Z_p, (n, n))
+    L_f = _cholesky("Z_f", Z_f)
+    L_p = _cholesky("Z_p", Z_p)
     U, _, V_t = torch.linalg.svd(L_p.mT @ L_f)
     return torch.linalg.solve_triangular(L_f, L_p @ U @ V_t, upper=False, left=False)
 
 
-@_full_precision
-def cntlora(weight: Tensor, input_moment: Tensor, pretrain_moment: Tensor | None = None, *,
-            rank: int, damping: float = 0.1) -> tuple[Tensor, Tensor]:
-    """CNTLoRA, after ConsNoTrainLoRA [4]: the change that undoes a shift of the input domain.
+@_in_float32
+def cntlora(
+    weight: Tensor,
+    input_moment: Tensor,
+    pretrain_moment: Tensor | None = None,
+    *,
+    rank: int,
+    damping: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """CNTLoRA, after ConsNoTrainLoRA [4]: the change that restores the inputs' second moments.
 
-    The derivation is OURS. Of [4] only the abstract was read; it claims: initialization as domain
-    shift, several constraints between pre-training and fine-tuning activations, a closed form
-    without training, decomposed into factors of variable rank. What follows keeps to that.
+    Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, where pre-training data is at hand,
+    its Z_p. Returns B (out, r) and A (r, in). Both moments are damped first, and not centred.
 
-    Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, if pre-training data is at hand,
-    its Z_p; returns B (out, r) and A (r, in). Both moments are damped first, and not centred.
-    1. Output constraint: (W+ΔW)x has the second moments on fine-tuning inputs that Wx had on
-       pre-training ones: (W+ΔW) Z_f (W+ΔW)ᵀ = W Z_p Wᵀ.
-    2. Input constraint: write W + ΔW = W T; then T Z_f Tᵀ = Z_p suffices. Of all such T take the
-       one that moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W (T − I).
-    3. Knowledge constraint: where Z_p is not given, take pre-training inputs for white and as
-       large, Z_p = mean(diag Z_f)·I, so that T ∝ Z_f^−½. (This whitens what did not shift, too.)
-    4. Cut ΔW to rank r: min E‖(ΔW − BA)x‖² = ‖(ΔW − BA) L‖², L Lᵀ = Z_f. By Eckart–Young, from
-       ΔW L = U Σ Vᵀ: B = U_r Σ_r, A = V_rᵀ L⁻¹. (Σ^½ in each starts at a saddle where ΔW = 0.)
+    The derivation is ours. The abstract of [4] claims this much: initialization is a domain shift;
+    several constraints relate pre-training and fine-tuning activations; a closed form follows,
+    without training; it splits into factors of variable rank. The paper uses the pre-training
+    weights and fine-tuning activations only, so step 3 is nearer to it than a given Z_p.
 
-    Guarantees, for the damped moments: A Z_f Aᵀ = I; Z_p = Z_f gives ΔW = 0; Wx's moments match
-    at r = min(in, out). Undamped, a shift x_f = S x_p is undone exactly, T = S⁻¹, if S is symmetric
-    positive definite and rank(S − I) ≤ r. It is blind to labels. Raises ValueError as `lora_da`.
+    1. Outputs: (W + ΔW)x shall have the second moments on fine-tuning inputs that Wx had on
+       pre-training inputs: (W + ΔW) Z_f (W + ΔW)ᵀ = W Z_p Wᵀ.
+    2. Inputs: write W + ΔW = W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take the one that
+       moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
+    3. Without Z_p: take pre-training inputs for white and as large, Z_p = mean(diag Z_f)·I. Then
+       T ∝ Z_f^−½, which also whitens what never shifted.
+    4. Rank r: let L Lᵀ = Z_f and ΔW L = U Σ Vᵀ. Then E‖(ΔW − BA)x‖² = ‖(ΔW − BA)L‖² is least for
+       B = U_r Σ_r and A = V_rᵀ L⁻¹ (Eckart–Young). With Σ^½ in both, ΔW = 0 would be a saddle:
+       both gradients, GAᵀ and BᵀG, would vanish there.
+
+    Guarantee, for the damped moments: A Z_f Aᵀ = I; Z_p = Z_f gives ΔW = 0; the moments of Wx match
+    at r = min(in, out). With `damping=0` and Z_p given, a shift x_f = S x_p is undone exactly,
+    T = S⁻¹, if S is symmetric positive definite and rank(S − I) ≤ r. A rotation of white inputs
+    leaves no trace in the moments and is not seen. Labels are never looked at. Raises ValueError as
+    `lora_da` does.
     """
     n_out, n_in = weight.shape
-    if pretrain_moment is None:  # constraint 3
-        pretrain_moment = input_moment.diagonal().mean() * torch.eye(n_in).to(input_moment)
-    W, Z_f, Z_p = _checked(rank, min(n_out, n_in), weight=(weight, (n_out, n_in)),
-                           input_moment=(input_moment, (n_in, n_in)),
-                           pretrain_moment=(pretrain_moment, (n_in, n_in)))
-    L, L_p = _cholesky(Z_f, damping), _cholesky(Z_p, damping)  # (in, in)
-    delta = W @ monge_map(L @ L.mT, L_p @ L_p.mT) - W  # (out, in)
+    _check_rank(rank, n_out, n_in)
+    _check_shape("input_moment", input_moment, (n_in, n_in))
+    Z_f = _damped(input_moment, damping)
+    if pretrain_moment is None:
+        Z_p = Z_f.diagonal().mean() * torch.eye(n_in).to(Z_f)
+    else:
+        _check_shape("pretrain_moment", pretrain_moment, (n_in, n_in))
+        Z_p = _damped(pretrain_moment, damping)
+    delta = weight @ monge_map(Z_f, Z_p) - weight  # (out, in)
+    L = _cholesky("input_moment", Z_f)
     U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
-    A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)  # (r, in)
-    return U[:, :rank] * S[:rank], A
+    B = U[:, :rank] * S[:rank]
+    A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)
+    return B, A
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
-    """{name: rank ≥ 1}, summing to `budget`, so that the squares left out of all spectra sum least.
+    """Ranks {name: r ≥ 1} that sum to `budget` and leave the least squares out of all spectra.
 
-    `spectra` holds each layer's singular values, largest first: for CNTLoRA the norms of B's
-    columns. Each layer gets one rank, the rest go to the largest values there are: as spectra
-    fall, these are the next of each. Raises ValueError for NaN or Inf, and a budget out of range.
+    `spectra` holds the singular values of each layer, largest first; for CNTLoRA these are the
+    norms of B's columns. Each layer gets one rank, and the rest go to the largest values there are:
+    as a spectrum falls, they are the next ones of their layers. Raises ValueError for NaN or Inf
+    and for a budget out of range.
     """
-    _checked(**{f"spectrum of '{name}'": (s, s.shape) for name, s in spectra.items()})
-    extra = [(-s, name) for name, spectrum in spectra.items() for s in spectrum.tolist()[1:]]
-    if not 0 <= budget - len(spectra) <= len(extra):
-        raise ValueError(f"budget {budget}: 1 a layer, {len(spectra)}, and up to {len(extra)} more")
-    taken = [name for _, name in sorted(extra)[: budget - len(spectra)]]
-    return {name: 1 + taken.count(name) for name in spectra}
+    for name, spectrum in spectra.items():
+        _check_finite(f"the spectrum of layer '{name}'", spectrum)
+    others = [(v, name) for name, spectrum in spectra.items() for v in spectrum[1:].tolist()]
+    others.sort(reverse=True)
+    least = len(spectra)
+    most = least + len(others)
+    if not least <= budget <= most:
+        raise ValueError(f"the rank budget {budget} is not in {least}..{most}")
+    ranks = dict.fromkeys(spectra, 1)
+    for _, name in others[: budget - least]:
+        ranks[name] += 1
+    return ranks
 
 
-# ---------------------------------------------------------------------------- 4. statistics
-
-class Statistics(NamedTuple):
-    """Means over `count` rows of a layer; the last two are None after a forward-only pass."""
-    count: int
-    input_moment: Tensor  # Z = E[x xᵀ]   (in, in)
-    gradient: Tensor | None = None  # G = E[g xᵀ]   (out, in)
-    output_fisher: Tensor | None = None  # Y = E[g²]     (out,), with the data's labels
+# ---------------------------------------------------------------------------- 3. statistics
 
 
-def collect_statistics(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable,
-                       loss_fn: Callable, *, backward: bool = True,
-                       mask_fn: Callable | None = None) -> dict[str, Statistics]:
-    """{name: Statistics} of the given `nn.Linear` layers, taken in eval mode, our adapters off.
+class Statistics:
+    """Means over `count` rows x of one layer's input and the gradients g at its output.
 
-    `loss_fn(model, batch)` has to use the model that it gets, a twin of yours, and return the MEAN
-    −log p over rows: then a row's g is the gradient at the layer's output times the number of
-    rows in that call, which has to be all that the loss averages (no expert's share, no chunk).
-    Where the loss averages fewer terms (sequences of T tokens), the Newton step can be T times too
-    short. A layer called twice has twice the rows, and half ∂/∂W as G. `mask_fn(batch)`, bool, of
-    the inputs' leading shape, is True where a row counts. With `backward=False` only Z is taken,
-    and `loss_fn` may return anything. In several processes each passes its own batches and gets
-    the means over all.
+    `input_moment` is Z = E[x xᵀ]; `gradient` G = E[g xᵀ] and `output_fisher` Y = E[g²] are None
+    after forward passes alone. While rows pass through the layer they are sums, not yet means.
+    """
 
-    A forward hook keeps x for a hook on the gradient of y, where both are in hand: no weight needs
-    a gradient, and under activation checkpointing a gradient arrives once. Cost: a forward and a
-    backward pass of activations; 2·rows·in·(in + out) flops, less where layers share an input (q,
-    k, v); in² + out·in + out floats a layer. Raises ValueError for a loss that is no finite scalar
-    with a gradient, a mask that does not fit, an input changed in place, an unreached layer."""
-    (twin, inside), mask, sums = _twin(model, layers), None, {}
-    for adapter in lora_layers(twin).values():
-        adapter.scaling = 0.0
+    def __init__(self, name: str, linear: nn.Linear, backward: bool):
+        n_out = linear.out_features
+        n_in = linear.in_features
+        dtype = _at_least_float32(linear.weight.dtype)
+        zeros = functools.partial(torch.zeros, dtype=dtype, device=linear.weight.device)
+        self.name = name
+        self.mask = None
+        self.count = 0
+        self.input_moment = zeros(n_in, n_in)
+        self.gradient = zeros(n_out, n_in) if backward else None
+        self.output_fisher = zeros(n_out) if backward else None
+        linear.register_forward_hook(self._await_gradient if backward else self._see_input)
 
-    @functools.lru_cache(maxsize=1)  # q, k and v have the same input: its xᵀx is found once
-    def rows_and_gram(x: Tensor, version: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = _rows(x, mask)
-        return rows, rows.mT @ rows
+    def _see_input(self, linear: nn.Linear, args: tuple, y: Tensor) -> None:
+        self._add(args[0])
 
-    @_full_precision
-    def add(name: str, x: Tensor, version: int, g: Tensor | None = None) -> None:
-        with _naming(name):
+    def _await_gradient(self, linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
+        """Keep x until the gradient of y arrives, where both are in hand."""
+        if not torch.is_grad_enabled():  # the first of a reentrant checkpoint's two passes
+            return y
+        if not y.requires_grad:  # all before it is frozen: the graph starts here
+            y = y.requires_grad_().clone()
+        x = args[0]
+        version = x._version
+
+        def see_gradient(g: Tensor) -> None:
             if x._version != version:
-                raise ValueError(f"its input {tuple(x.shape)} was changed in place after the call")
-            rows, gram = rows_and_gram(x, version, mask)  # (rows, in), (in, in)
-        terms = [len(rows), gram]
-        if g is not None:
-            g = len(rows) * _rows(g, mask)  # (rows, out), as the loss is their mean
-            terms += [g.mT @ rows, g.square().sum(dim=0)]
-        for total, term in zip(sums[name], terms):
-            total += term
+                shape = tuple(x.shape)
+                raise ValueError(f"layer '{self.name}': its input {shape} was changed in place")
+            self._add(x, g)
 
-    def watch(name: str, _: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-        x = args[0] if args else kwargs["input"]
-        if not backward:
-            add(name, x, x._version)
-        elif torch.is_grad_enabled():  # not so in the first pass of a reentrant checkpoint
-            y = y if y.requires_grad else y.requires_grad_().clone()  # the graph starts here
-            y.register_hook(functools.partial(add, name, x, x._version))
+        y.register_hook(see_gradient)
         return y
 
-    for name, layer in inside.items():
-        layer.register_forward_hook(functools.partial(watch, name), with_kwargs=True)
-        n_out, n_in = layer.weight.shape
-        shapes = [(n_in, n_in), (n_out, n_in), (n_out,)][: 3 if backward else 1]
-        like = {"device": layer.weight.device, "dtype": _wide(layer.weight.dtype)}
-        sums[name] = [torch.zeros((), **like).long(), *(torch.zeros(s, **like) for s in shapes)]
-    for batch in list(batches):
-        mask = mask_fn(batch) if mask_fn else None
-        with torch.set_grad_enabled(backward):
+    @torch.no_grad()
+    def _add(self, x: Tensor, g: Tensor | None = None) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self._rows(x)  # (rows, in)
+            self.count += len(rows)
+            self.input_moment += rows.mT @ rows
+            if g is not None:
+                g = self._rows(g) * len(rows)  # (rows, out); the loss is the rows' mean
+                self.gradient += g.mT @ rows
+                self.output_fisher += g.square().sum(dim=0)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The rows (rows, n) of x (…, n) where the mask is True, in float32 at least."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.mask is not None:
+            leading = tuple(x.shape[:-1])
+            shape = tuple(self.mask.shape)
+            if leading not in (shape, (self.mask.numel(),)):
+                raise ValueError(f"layer '{self.name}': a mask of {shape} for inputs of {leading}")
+            rows = rows[self.mask.flatten()]
+        return rows.to(_at_least_float32(x.dtype))
+
+    def _average(self) -> None:
+        """Turn the sums, over all processes, into means."""
+        count = torch.tensor(self.count, device=self.input_moment.device)
+        self.count = int(_sum_over_processes(count))
+        if self.count == 0:
+            raise ValueError(
+                f"layer '{self.name}': no row reached it. Is it called as a module of this model, "
+                "are there batches, and does the mask leave rows?"
+            )
+        for name in ("input_moment", "gradient", "output_fisher"):
+            total = getattr(self, name)
+            if total is not None:
+                _sum_over_processes(total).div_(self.count)
+                _check_finite(f"layer '{self.name}': {name}", total)
+
+
+def collect_statistics(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Iterable,
+    loss_fn: Callable,
+    *,
+    backward: bool = True,
+    mask_fn: Callable | None = None,
+) -> dict[str, Statistics]:
+    """The `Statistics` of linear layers of the model, in eval mode and with our adapters off.
+
+    `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`.
+    One forward and one backward pass a batch, in which no weight needs a gradient; with
+    `backward=False` forward passes alone, in which `loss_fn` may return anything. Memory:
+    in² + out·in + out numbers a layer. With torch.distributed every process passes batches of its
+    own and gets the means over all.
+
+    `loss_fn(model, batch)` has to call the model that it is given, which is a twin of yours, and
+    must leave the batch as it was. Its value is the MEAN of −log p over the rows: a row's g is then
+    the gradient at the layer's output times the number of rows in that call. It follows that
+
+    - layers that see a part of the rows (experts, chunks) are not supported;
+    - a layer that is called twice has twice the rows, and half of ∂loss/∂W as its G;
+    - where the loss averages sequences of T tokens, and not tokens, Y is too large and a Newton
+      step up to T times too short;
+    - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
+      tokens that the mask leaves. Where prompts are −100, the gradient is exact with
+      `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`.
+
+    `mask_fn(batch)` is true for the rows that count, and has the shape of the input without its
+    last dimension, flattened or not. In float16 small gradients become 0, and G is off by percents;
+    bfloat16 keeps them. Raises ValueError for a loss that is no finite scalar with a gradient, a
+    mask that does not fit, an input changed in place, NaN or Inf, or a layer that no row reached.
+    """
+    linears = {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
+    twin, twin_linears = _twin(model, linears)
+    for adapter in lora_layers(twin).values():
+        adapter.scaling = 0.0
+    statistics = {n: Statistics(n, linear, backward) for n, linear in twin_linears.items()}
+    with torch.set_grad_enabled(backward):
+        for batch in batches:
+            if mask_fn is not None:
+                mask = mask_fn(batch).bool()
+                for layer_statistics in statistics.values():
+                    layer_statistics.mask = mask
             loss = loss_fn(twin, batch)
             if backward:
-                _check_loss(loss).backward()
-    for name, (count, *moments) in sums.items():
-        if _summed(count) == 0:
-            raise ValueError(f"layer '{name}': no row reached it: no batch, mask, another model?")
-        sums[name] = Statistics(int(count), *(_summed(moment).div_(count) for moment in moments))
-    return sums
+                _check_loss(loss)
+                loss.backward()
+    for layer_statistics in statistics.values():
+        layer_statistics._average()
+    return statistics
 
 
-def _twin(model: nn.Module, layers: dict[str, nn.Linear]) -> tuple[nn.Module, dict]:
-    """A copy of the model, in eval mode, that shares all parameters with it but A and B.
-    Hooks, modes, gradients and new factors live and die on it: nothing has to be undone."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False)
-              for name, p in model.named_parameters() if "lora_" not in name}
-    twin, inside = copy.deepcopy((model, layers), shared)  # takes what is in `shared` as copied
-    return twin.eval(), inside
+def _twin(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Module, dict]:
+    """A copy of the model in eval mode, and the copies of some of its layers.
+
+    It shares every parameter with the model but the adapters' A and B. Hooks, modes, gradients and
+    new factors live and die with it, so that the model itself has nothing to undo.
+    """
+    factors = _factors(model)
+    shared = {}  # what deepcopy finds in here it takes for copied
+    for parameter in model.parameters():
+        if parameter not in factors:
+            if parameter.requires_grad:
+                shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+            else:
+                shared[id(parameter)] = parameter
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # computed anew in each pass, as by weight_norm
+                shared[id(value)] = value.detach()
+    twin, twin_layers = copy.deepcopy((model, layers), shared)
+    return twin.eval(), twin_layers
 
 
-def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(…, n) → (rows, n), where the mask is True; float32 at least."""
-    if mask is not None:
-        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-            raise ValueError(f"mask {mask.shape}, {mask.dtype}, expected bool {x.shape[:-1]}")
-        x = x[mask]
-    return x.reshape(-1, x.shape[-1]).to(_wide(x.dtype))
+def _check_loss(loss: Tensor, *, finite: bool = True) -> None:
+    """Refuse what is no finite scalar, or has no gradient where gradients are recorded."""
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss_fn returned a {type(loss).__name__}, not a scalar tensor")
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar")
+    if finite and not loss.isfinite():
+        raise ValueError("loss_fn returned NaN or Inf: check the model and the batches")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError("loss_fn returned a loss without a gradient: does it call its model?")
 
 
-def _check_loss(loss: Tensor, finite: bool = True) -> Tensor:
-    """The loss, float32 at least: a scalar, with a gradient where gradients are recorded."""
-    scalar = isinstance(loss, Tensor) and loss.numel() == 1 and (loss.isfinite() or not finite)
-    if not scalar or torch.is_grad_enabled() > loss.requires_grad:
-        raise ValueError(f"the loss is {loss!r}, not a finite scalar tensor with a gradient")
-    return loss.to(_wide(loss.dtype))
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Its sum over the processes of torch.distributed's group, in place, where there is one."""
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    """Sum in place over the processes of torch.distributed, if there are any."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(tensor)
     return tensor
 
 
-# ---------------------------------------------------------------------------- 5. whole models
-
-def init_lora_da(model: nn.Module, batches: Iterable, loss_fn: Callable, *, damping: float = 0.1,
-                 n_train: int | None = None, variance: float = 1.0, step: float | None = None,
-                 mask_fn: Callable | None = None, layers_per_pass: int | None = None) -> float:
-    """Start every adapter of the model at LoRA-DA's (B, A); returns the step taken.
-
-    `loss_fn`, `mask_fn`: as in `collect_statistics`. `n_train`: the number of rows (tokens, for a
-    language model) that fine-tuning will see; left out, the rows seen here. Every B is multiplied
-    by `step` / s: 1 is the theory's, too long where many layers step together, too short where the
-    signal is strong; 0 keeps the directions alone; None takes `line_search`'s over these batches,
-    after which the mean of their losses is never above the pre-trained model's.
-    `layers_per_pass` bounds the statistics' memory: so many layers at a time, a pass over the
-    batches for each. In several processes (torchrun) each calls it on the same model, unwrapped,
-    with its own batches; all end with the same factors. All layers change or, on an error, none."""
-    def fit(layer: LoRALinear, total: Statistics) -> tuple[Tensor, Tensor]:
-        return lora_da(total.gradient, total.input_moment, total.output_fisher, layer.rank,
-                       total.count if n_train is None else n_train, variance=variance,
-                       damping=damping)
-
-    return _start(model, [batches], loss_fn, fit, step, layers_per_pass, None, mask_fn=mask_fn)
+# ---------------------------------------------------------------------------- 4. whole models
 
 
-def init_cntlora(model: nn.Module, batches: Iterable, loss_fn: Callable, *,
-                 pretrain_batches: Iterable | None = None, rank_budget: int | None = None,
-                 damping: float = 0.1, step: float | None = None, mask_fn: Callable | None = None,
-                 layers_per_pass: int | None = None) -> float:
-    """Start every adapter at CNTLoRA's (B, A), from forward passes alone; returns the step taken.
+def init_lora_da(
+    model: nn.Module,
+    batches: Iterable,
+    loss_fn: Callable,
+    *,
+    damping: float = 0.1,
+    n_train: int | None = None,
+    variance: float = 1.0,
+    step: float | None = None,
+    mask_fn: Callable | None = None,
+    layers_per_pass: int | None = None,
+) -> float:
+    """Start every adapter of the model at LoRA-DA's A and B, and return the step.
 
-    Labels serve the line search, never the fit: without them pass `step=0` or `step=1`, and let
-    `loss_fn` call the model. `pretrain_batches` give Z_p. `rank_budget` spends that many ranks in
-    all by `allocate_ranks`, s unchanged; left out, ranks stay. For the rest see `init_lora_da`."""
-    def fit(layer: LoRALinear, *totals: Statistics) -> tuple[Tensor, Tensor]:
-        rank = layer.rank if rank_budget is None else min(layer.weight.shape)
-        return cntlora(layer.weight, *(t.input_moment for t in totals), rank=rank, damping=damping)
+    `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of rows that
+    fine-tuning will see, which are tokens in a language model; left out, it is the number seen
+    here. An endless stream of batches needs `itertools.islice`.
 
-    return _start(model, [batches, pretrain_batches], loss_fn, fit, step, layers_per_pass,
-                  rank_budget, mask_fn=mask_fn, backward=False)
+    ΔW is `step`·BA of `lora_da`: 1 is the theory's step for a single layer, 0 keeps the directions
+    A alone. With `step=None` the LAST batch is held out from the fit, and of 0, 4⁻⁸ … 4² it chooses
+    the step with the least loss, in eval mode and under one state of torch's random numbers. A
+    small last batch chooses badly, and of two batches it is half the data.
+
+    `layers_per_pass` bounds the memory for statistics: so many layers at a time, with a pass over
+    the batches for each group. With torch.distributed every process makes this call on the same,
+    unwrapped model with batches of its own, and all end with the same factors. Raises ValueError as
+    `collect_statistics` and `lora_da` do, and for a single batch without a step; then no layer
+    has changed.
+    """
+    adapters = _adapters(model)
+    batches, held_out = _hold_out(batches, step)
+    factors = {}
+    for linears in _groups(adapters, layers_per_pass):
+        statistics = collect_statistics(model, linears, batches, loss_fn, mask_fn=mask_fn)
+        for name, means in statistics.items():
+            with _naming(name):
+                factors[name] = lora_da(
+                    means.gradient,
+                    means.input_moment,
+                    means.output_fisher,
+                    adapters[name].rank,
+                    means.count if n_train is None else n_train,
+                    variance=variance,
+                    damping=damping,
+                )
+    return _start(model, factors, step, held_out, loss_fn)
+
+
+def init_cntlora(
+    model: nn.Module,
+    batches: Iterable,
+    loss_fn: Callable,
+    *,
+    pretrain_batches: Iterable | None = None,
+    rank_budget: int | None = None,
+    damping: float = 0.1,
+    step: float | None = None,
+    mask_fn: Callable | None = None,
+    layers_per_pass: int | None = None,
+) -> float:
+    """Start every adapter of the model at CNTLoRA's A and B, and return the step.
+
+    Labels choose the step and are not used by the fit, which takes forward passes alone. Without
+    labels pass `step=1`, and let `loss_fn` call the model. `pretrain_batches` give Z_p. With a
+    `rank_budget`, `allocate_ranks` spends that many ranks in all; s stays as it is. Make the
+    optimizer afterwards, as the factors change their shapes. All full-rank factors are then held at
+    once, whatever `layers_per_pass`. The rest is as in `init_lora_da`; a base weight that is stored
+    quantized is a TypeError.
+    """
+    adapters = _adapters(model)
+    for name, layer in adapters.items():
+        with _naming(name):
+            layer.base_weight  # noqa: B018  refuses a quantized weight before any work is done
+    batches, held_out = _hold_out(batches, step)
+    sources = [batches]
+    if pretrain_batches is not None:
+        sources.append(list(pretrain_batches))
+    factors = {}
+    for linears in _groups(adapters, layers_per_pass):
+        passes = [
+            collect_statistics(model, linears, source, loss_fn, backward=False, mask_fn=mask_fn)
+            for source in sources
+        ]
+        for name, linear in linears.items():
+            rank = adapters[name].rank
+            if rank_budget is not None:
+                rank = min(linear.in_features, linear.out_features)
+            moments = [statistics[name].input_moment for statistics in passes]
+            with _naming(name):
+                factors[name] = cntlora(linear.weight, *moments, rank=rank, damping=damping)
+    if rank_budget is not None:
+        spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
+        for name, rank in allocate_ranks(spectra, rank_budget).items():
+            B, A = factors[name]
+            factors[name] = (B[:, :rank], A[:rank])
+    return _start(model, factors, step, held_out, loss_fn)
 
 
 @torch.enable_grad()
-def init_hrp(model: nn.Module, batches: Iterable, loss_fn: Callable, *, preheat_rank: int = 64,
-             lr: float = 0.002, train_A: bool = False, seed: int = 0) -> None:
-    """Preheat at a high rank, one Adam step a batch, and start every adapter at HRP's A, B = 0.
+def init_hrp(
+    model: nn.Module,
+    batches: Iterable,
+    loss_fn: Callable,
+    *,
+    preheat_rank: int = 64,
+    lr: float = 0.002,
+    train_A: bool = False,
+    seed: int = 0,
+) -> None:
+    """Preheat at a high rank, one Adam step a batch, and start every adapter at HRP's A and B = 0.
 
-    `preheat_rank` is capped at a layer's min(in, out); A_high, drawn by `seed`, stays frozen unless
-    `train_A`. In several processes a step takes the mean gradient of a batch from each, so each
-    has to pass equally many. For the rest see `init_lora_da`."""
-    twin, inside = _twin(model, layers := lora_layers(model))
-    rng = torch.Generator().manual_seed(seed)
-    for m in inside.values():
-        A_high = torch.empty(min(preheat_rank, *m.weight.shape), m.in_features)
-        nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=rng)  # as in plain LoRA
-        m.set_factors(torch.zeros(m.out_features, len(A_high)), A_high)
-        m.scaling, m.lora_A.requires_grad, m.lora_B.requires_grad = 1.0, train_A, True
-    trained = [p for m in inside.values() for p in m.parameters() if p.requires_grad]
+    The preheating happens on a twin of the model in eval mode: B_high starts at 0, and A_high is
+    drawn by `seed` and stays frozen unless `train_A`. `preheat_rank` is capped at min(in, out) of
+    each layer. Rank, steps and rate of the preheating are our choices, not the paper's. With
+    torch.distributed a step takes the mean gradient of one batch from every process, so that all
+    have to pass equally many. Raises ValueError for no batches, a loss that is no finite scalar
+    with a gradient, and a layer that no gradient reached; then no layer has changed.
+    """
+    adapters = _adapters(model)
+    twin, preheated = _twin(model, adapters)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    for name, layer in preheated.items():
+        high = min(preheat_rank, layer.in_features, layer.out_features)
+        with _naming(name):
+            _check_rank(layer.rank, high)
+        A_high = torch.empty(high, layer.in_features, device="cpu")
+        nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
+        layer.set_factors(torch.zeros(layer.out_features, high), A_high)
+        layer.scaling = 1.0
+        layer.lora_A.requires_grad_(train_A)
+        layer.lora_B.requires_grad_(True)
+    trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr)
     for batch in list(batches):
-        for p in trained:  # what a batch does not reach has a gradient, too: 0
-            p.grad = torch.zeros_like(p)
-        loss = _check_loss(loss_fn(twin, batch))
+        for parameter in trained:  # where a batch does not reach, the gradient is 0, not None
+            parameter.grad = torch.zeros_like(parameter)
+        loss = loss_fn(twin, batch)
+        _check_loss(loss)
         loss.backward()
-        for p in trained:
-            p.grad = _summed(p.grad) / _summed(torch.ones_like(loss))
+        processes = _sum_over_processes(torch.ones_like(loss))
+        for parameter in trained:
+            parameter.grad = _sum_over_processes(parameter.grad) / processes
         optimizer.step()
-    for name, layer in inside.items():
+    factors = {}
+    for name, layer in preheated.items():
         with _naming(name):
-            layer.set_factors(*hrp(layer.lora_B, layer.lora_A, layers[name].rank))
-    for name, layer in layers.items():
-        layer.set_factors(inside[name].lora_B, inside[name].lora_A)
+            factors[name] = hrp(layer.lora_B, layer.lora_A, adapters[name].rank)
+    _set_all_factors(model, factors)
 
 
-def _start(model: nn.Module, sources: list[Iterable], loss_fn: Callable, fit: Callable,
-           step: float | None, size: int | None, budget: int | None, **options: object) -> float:
-    """Give every adapter fit(layer, its statistics from each source), B times step / s."""
-    layers = lora_layers(model)
-    if (off := [n for n, layer in layers.items() if layer.scaling == 0]) or not layers:
-        raise ValueError(f"no LoRALinear that is on (scaling 0: {off}): call add_lora, or set it")
-    twin, inside = _twin(model, layers)
-    sources = [list(batches) for batches in sources if batches is not None]
-    names, size = list(layers), max(size or len(layers), 1)
-    for i in range(0, len(names), size):
-        group = {name: layers[name] for name in names[i:i + size]}
-        passes = [collect_statistics(model, group, s, loss_fn, **options) for s in sources]
-        for name, layer in group.items():
-            with _naming(name):
-                inside[name].set_factors(*fit(layer, *(totals.pop(name) for totals in passes)))
-    spectra = {name: layer.lora_B.norm(dim=0) for name, layer in inside.items()}
-    ranks = {} if budget is None else allocate_ranks(spectra, budget)
-    for name, layer in inside.items():
-        B, r = (1.0 if step is None else step) / layer.scaling * layer.lora_B, ranks.get(name)
-        layer.set_factors(B[:, :r], layer.lora_A[:r])
-    step = line_search(twin, sources[0], loss_fn) if step is None else step
-    for name, layer in layers.items():  # nothing can fail any more
-        layer.set_factors(inside[name].lora_B, inside[name].lora_A)
+def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's adapters; there has to be one, and each has to be on."""
+    adapters = lora_layers(model)
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no adapter: call add_lora first")
+    for name, layer in adapters.items():
+        if layer.scaling == 0:
+            raise ValueError(f"layer '{name}': its adapter is off, as its scaling is 0")
+    return adapters
+
+
+def _hold_out(batches: Iterable, step: float | None) -> tuple[list, object]:
+    """The batches to fit and, where the step is not given, the one that chooses it."""
+    batches = list(batches)
+    if step is not None:
+        return batches, None
+    if len(batches) < 2:
+        raise ValueError(
+            f"step=None holds the last batch out, and there are {len(batches)} batches: "
+            "give two or more, or a step"
+        )
+    return batches[:-1], batches[-1]
+
+
+def _groups(adapters: dict[str, LoRALinear], size: int | None) -> list[dict[str, nn.Linear]]:
+    """The base layers by name, `size` of them a group."""
+    linears = [(name, layer.base_layer) for name, layer in adapters.items()]
+    if size is None:
+        size = len(linears)
+    return [dict(linears[i : i + size]) for i in range(0, len(linears), size)]
+
+
+def _start(
+    model: nn.Module,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    step: float | None,
+    held_out: object,
+    loss_fn: Callable,
+) -> float:
+    """Set every adapter's factors so that ΔW = step·BA, and return the step."""
+    if step is None:
+        step = _best_step(model, factors, held_out, loss_fn)
+    scaled = {}
+    for name, layer in lora_layers(model).items():
+        B, A = factors[name]
+        scaled[name] = (step / layer.scaling * B, A)
+    _set_all_factors(model, scaled)
     return step
 
 
 @torch.no_grad()
-def line_search(model: nn.Module, batches: Iterable, loss_fn: Callable) -> float:
-    """Multiply every B by a t that lowers the mean loss over `batches`, or by 0; returns t.
+def _best_step(
+    model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], batch: object, loss_fn: Callable
+) -> float:
+    """The t among 0, 4⁻⁸ … 4² with the least loss on the batch, where ΔW = t·BA."""
+    twin, layers = _twin(model, lora_layers(model))
+    for name, layer in layers.items():
+        with _naming(name):
+            layer.set_factors(*factors[name])
+    losses = {}
+    for t in [0.0] + [4.0**k for k in range(-8, 3)]:
+        for layer in layers.values():
+            layer.scaling = t
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)  # each step meets the same random numbers
+            loss = loss_fn(twin, batch)
+        _check_loss(loss, finite=t == 0)
+        loss = _sum_over_processes(loss.to(_at_least_float32(loss.dtype))).item()
+        losses[t] = math.inf if math.isnan(loss) else loss
+    return min(losses, key=losses.get)
 
-    A full step made safe (ours), in up to eight passes: from t = 1 go to ¼ … 4⁻⁵ while the loss
-    falls or is not below its value at 0; if t = 1 is below it and ¼ no better, to 4 … 4⁵ while it
-    falls. Batches that the fit has seen flatter it: after `step=1`, others give a safer t. Raises
-    ValueError for no batches or a loss that is no scalar, and changes nothing then."""
-    layers, batches = lora_layers(model), list(batches)
-    twin, inside = _twin(model, layers)
-    if not batches:
-        raise ValueError("batches is empty")
 
-    def total_loss(t: float) -> float:
-        for name, layer in inside.items():
-            layer.scaling = t * layers[name].scaling
-        losses = [_check_loss(loss_fn(twin, batch), finite=t == 0) for batch in batches]
-        return float(_summed(sum(losses)))
-
-    pretrained, least, t = total_loss(0.0), total_loss(1.0), 1.0
-    factor = 4.0 if least < pretrained and not total_loss(0.25) < least else 0.25
-    for _ in range(5):
-        loss = total_loss(factor * t)
-        if least < pretrained and not loss < least:
-            break
-        least, t = loss, factor * t
-    t = t if least < pretrained else 0.0
-    for layer in layers.values():
-        layer.set_factors(t * layer.lora_B, layer.lora_A)
-    return t
+def _set_all_factors(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Set every adapter's factors, or none: what does not fit is refused by the twin."""
+    adapters = lora_layers(model)
+    _, twin_adapters = _twin(model, adapters)
+    for layers in (twin_adapters, adapters):
+        for name, layer in layers.items():
+            with _naming(name):
+                layer.set_factors(*factors[name])
