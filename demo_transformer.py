@@ -1,399 +1,707 @@
 # SPDX-License-Identifier: MIT
-"""Data-driven LoRA starts on a small language model: from Python source to English prose.
+"""Does a data-driven start help? LoRA on a language model, at equal cost and at every rate.
 
-A decoder-only transformer with bytes as tokens is pre-trained on the source of Python's standard
-library, then fine-tuned on the language reference (`pydoc_data.topics`): every Python carries both.
-It is LoRA's own setting, where a start matters: adapters on q and v, low rank, few steps. Methods
-are compared within a seed, whose batches they share; rates are chosen with the first seed on the
-development part of the text, losses told on its test part, a start's cost in training steps.
+By default a small transformer with bytes as tokens is pre-trained on the source of Python's
+standard library and fine-tuned on its language reference: every Python carries both. `--model`
+takes a causal language model of Hugging Face instead. All methods meet the same rates, and within
+a seed the same batches. What a start costs is taken off its training steps. Development text
+chooses the rate, test text gives the losses that are told.
 """
 
+import argparse
 import copy
 import importlib.util
 import json
 import math
+import os
+import signal
 import statistics
 import sys
 import sysconfig
 import textwrap
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 import lora_init
 
-METHODS = ("lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora")
+METHODS = ["lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora"]
 PRESETS = {
     "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 8},
     "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
 }
+BYTES_OF_TEXT = 81920  # of the language reference, held-out parts included
+HELD_OUT_BATCHES = 8  # at most, of development text and of test text
+CHECK_EVERY = 8  # steps between two checkpoints, where data is few
+SEARCH_STEPS = 6  # twelve forward passes choose a step; without weight gradients one is half a step
+FULL_RATE = 1 / 64  # full fine-tuning's rates, in those of LoRA
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]  # df 1, 2, …
 
-def parse_args() -> Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0],
-                            formatter_class=ArgumentDefaultsHelpFormatter)
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--preset", choices=PRESETS, help="0.9 M or 26 M parameters; on a GPU large, else small")
-    add("--targets", default="q,v", help="layers to adapt in every block: q,k,v,o,up,down")
-    add("--rank", type=int, default=2, help="rank of every adapter")
-    add("--steps", type=int, default=40, help="of Adam with a linearly falling rate")
-    add("--pretrain-steps", type=int, default=1500, help="of the model that is fine-tuned")
-    add("--seeds", type=int, default=3, help="how many: of the batches and of the starts")
-    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="those of LoRA methods")
-    add("--full-rates", default="0.00025,0.0005,0.001,0.002,0.004", help="full fine-tuning's")
+    add("--preset", choices=PRESETS, help="0.9 M or 26 M parameters; large on a GPU, else small")
+    add("--model", help="name or folder of a Hugging Face model, instead of a preset")
+    add("--dtype", default="float32", help="of the weights of --model, as bfloat16")
+    add("--targets", help="layers to adapt; q,v or, with --model, q_proj,v_proj")
+    add("--rank", type=int, default=2, help="of every adapter")
+    add("--steps", type=int, default=40, help="of Adam, with a linearly falling rate")
+    add("--context", type=int, help="tokens of a sequence; 96 with --model")
+    add("--batch", type=int, help="sequences of a batch; 2 with --model")
     add("--methods", default=",".join(METHODS), help="which starts to compare")
-    add("--calibration", type=int, default=4, help="training batches that a start is fitted to; "
-        "one more for its line search")
-    add("--preheat-steps", type=int, default=10, help="HRP's preheating, out of its steps")
-    add("--preheat-lr", type=float, default=0.01, help="HRP's preheating rate")
-    add("--finetune-bytes", type=int, default=81920, help="text used, held-out parts included")
-    add("--pretrain-text", help="a text file instead of the standard library's source")
-    add("--finetune-text", help="a text file instead of the language reference")
-    add("--json", help="write the runs to this file")
-    add("--plot", help="draw the loss curves to this file (needs matplotlib)")
+    add("--rates", default="0.0025,0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of every method")
+    add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
+    add("--calibration", type=int, default=4, help="batches that a start is fitted to")
+    add("--preheat-steps", type=int, default=10, help="of HRP's preheating")
+    add("--preheat-lr", type=float, default=0.01, help="rate of HRP's preheating")
+    add("--variance", type=float, default=1.0, help="weight of LoRA-DA's variance term")
+    add("--train-batches", type=int, help="few data: so many batches, repeated over and over")
+    add("--pretrain-steps", type=int, default=1500, help="of the preset's model")
+    add("--pretrain-text", help="text file instead of the standard library's source")
+    add("--finetune-text", help="text file instead of the language reference")
+    add("--processes", type=int, help="that share the runs; one a core, or one on a GPU")
+    add("--json", help="write all runs to this file")
+    add("--plot", help="draw loss against rate to this file (needs matplotlib)")
     add("--fast", action="store_true", help="a minute's smoke test of the same code")
     args = parser.parse_args()
-    args.preset = args.preset or ("large" if args.device.startswith("cuda") else "small")
-    vars(args).update(PRESETS[args.preset])
+
+    if args.model:
+        defaults = {"targets": "q_proj,v_proj", "context": 96, "batch": 2}
+    else:
+        on_gpu = args.device.startswith("cuda")
+        args.preset = args.preset or ("large" if on_gpu else "small")
+        defaults = {"targets": "q,v", **PRESETS[args.preset]}
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.processes is None:
+        args.processes = os.cpu_count() if args.device == "cpu" else 1
     if args.fast:
-        args.pretrain_steps, args.steps, args.preheat_steps = 40, 8, 3
-        args.seeds, args.rates, args.full_rates = 2, "0.02,0.04", "0.001"
-    if not set(args.methods.split(",")) <= set(METHODS) or args.preheat_steps >= args.steps:
-        parser.error(f"--methods among {','.join(METHODS)}; --preheat-steps below --steps")
+        args.pretrain_steps = 40
+        args.steps = 24
+        args.preheat_steps = 3
+        args.seeds = 2
+        args.rates = "0.01,0.02,0.04"
+    args.targets = args.targets.split(",")
+    args.methods = args.methods.split(",")
+    args.rates = [float(rate) for rate in args.rates.split(",")]
+
+    if not set(args.methods) <= set(METHODS):
+        parser.error(f"--methods are some of {','.join(METHODS)}")
+    if not 1 <= args.seeds <= len(T_95) + 1:
+        parser.error(f"--seeds is not in 1..{len(T_95) + 1}")
+    if max(cost_steps(method, args) for method in args.methods) >= args.steps:
+        parser.error("a start costs more than --steps: give more, or less --calibration")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if args.model and not importlib.util.find_spec("transformers"):
+        parser.error("--model needs transformers: pip install transformers")
     return args
 
-# ------------------------------------------------------------------------------ model and text
+
+# ---------------------------------------------------------------------------- models
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_1 = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         N, T, C = x.shape  # sequences, positions, width
         h = self.norm_1(x)
-        q, k, v = (project(h).view(N, T, self.heads, -1).transpose(1, 2)
-                   for project in (self.q, self.k, self.v))  # (N, heads, T, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N, heads, T, C / heads)
+        q = self.split_heads(self.q(h))  # (N, heads, T, C / heads)
+        k = self.split_heads(self.k(h))
+        v = self.split_heads(self.v(h))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(h.transpose(1, 2).reshape(N, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))  # (N, T, C)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        N, T, C = x.shape
+        return x.view(N, T, self.heads, C // self.heads).transpose(1, 2)
+
 
 class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, context: int):
         super().__init__()
-        self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
-        nn.init.normal_(self.token.weight, std=0.02)
-        nn.init.normal_(self.position.weight, std=0.02)
-        for name, parameter in self.blocks.named_parameters():  # learns faster than PyTorch's own
-            if "norm" not in name:
-                nn.init.normal_(parameter, std=0.02 * (parameter.dim() > 1))
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        for module in [self.token, self.position, *self.blocks.modules()]:
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)  # learns faster than PyTorch's default
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[:tokens.shape[1]]  # (N, T, C)
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]  # (N, T, C)
         return self.head(self.norm(self.blocks(x)))  # (N, T, 256)
 
+
+def load_hugging_face(args: argparse.Namespace) -> tuple[nn.Module, object]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    return model.to(args.device), AutoTokenizer.from_pretrained(args.model)
+
+
 def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean −log p of the next byte, in nats; batch (N, T + 1). On a GPU in bf16 autocast."""
+    """Mean −log p of the next token, in nats; batch (N, T + 1). On a GPU in bf16 autocast."""
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-        logits = model(batch[:, :-1])  # (N, T, 256)
+        output = model(batch[:, :-1])
+    logits = getattr(output, "logits", output)  # (N, T, vocabulary)
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
-def read_texts(args: Namespace) -> tuple[bytes, bytes]:
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    try:
-        files = [Path(args.pretrain_text)] if args.pretrain_text else files
-        source = b"\n".join(file.read_bytes() for file in files)
-        if args.finetune_text:
-            return source, Path(args.finetune_text).read_bytes()
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except (OSError, ImportError) as error:
-        sys.exit(f"{error}: pass --pretrain-text FILE, --finetune-text FILE")
-    return source, "\n".join(topics[name] for name in sorted(topics)).encode()
-
-def split(text: bytes, need: int, name: str) -> dict[str, Tensor]:
-    """Blocks of 2 KiB, dealt out ten at a time: 8 for training, 1 for development, 1 for test."""
-    blocks = [text[i:i + 2048] for i in range(0, len(text), 2048)]
-    parts = {"train": b"".join(b for i, b in enumerate(blocks) if i % 10 < 8),
-             "dev": b"".join(blocks[8::10]), "test": b"".join(blocks[9::10])}
-    if min(map(len, parts.values())) < need:
-        sys.exit(f"the {name} text has {len(text):,} bytes; each tenth of it must have {need:,}")
-    return {k: torch.frombuffer(bytearray(v), dtype=torch.uint8).long() for k, v in parts.items()}
-
-def draw(tokens: Tensor, count: int, seed: int, args: Namespace) -> list[Tensor]:
-    """`count` batches of random windows, (batch, context + 1) each."""
-    size, generator = args.context + 1, torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - size, (count, args.batch, 1), generator=generator)
-    return list(tokens[starts + torch.arange(size)].to(args.device))
-
-def windows(tokens: Tensor, args: Namespace) -> list[Tensor]:
-    """All of a held-out text, up to 8 batches of adjoining windows."""
-    rows = tokens.unfold(0, args.context + 1, args.context)
-    return list(rows.to(args.device).split(args.batch)[:8])
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[Tensor]) -> float:
-    return torch.stack([loss_fn(model, batch) for batch in batches]).mean().item()
+    return statistics.fmean(loss_fn(model, batch).item() for batch in batches)
 
-def train(model: nn.Module, batches: list, lr: float, warmup: int = 0) -> Iterator[tuple]:
-    """Adam, the rate falling linearly to 0; yields the steps done and the last one's seconds."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr, betas=(0.9, 0.95 if warmup else 0.999))
+
+def train(model: nn.Module, batches: list[Tensor], lr: float, warmup: int = 0) -> Iterator[float]:
+    """Adam, with a rate that falls linearly to 0; yields the seconds of each step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained)
     for step, batch in enumerate(batches):
         began = clock()
-        share = min((step + 1) / (warmup + 1), 1 - step / len(batches))
-        optimizer.param_groups[0]["lr"] = lr * share
+        rising = (step + 1) / (warmup + 1)
+        falling = 1 - step / len(batches)
+        optimizer.param_groups[0]["lr"] = lr * min(rising, falling)
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
-        yield step + 1, clock() - began
+        yield clock() - began
+
 
 def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # let the GPU finish first
     return time.perf_counter()
 
-def pretrained(args: Namespace, tokens: Tensor) -> Transformer:
+
+# ---------------------------------------------------------------------------- texts
+
+
+def read_texts(args: argparse.Namespace) -> tuple[str | None, str]:
+    """The text of pre-training, which need not be known with --model, and of fine-tuning."""
+    try:
+        if args.pretrain_text:
+            old = Path(args.pretrain_text).read_text(encoding="utf-8")
+        elif args.model:
+            old = None
+        else:
+            files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+            old = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        if args.finetune_text:
+            new = Path(args.finetune_text).read_text(encoding="utf-8")
+        else:
+            from pydoc_data.topics import topics
+
+            new = "\n".join(topics[name] for name in sorted(topics))[:BYTES_OF_TEXT]
+    except (OSError, ImportError) as error:
+        sys.exit(f"{error}: pass --pretrain-text FILE, --finetune-text FILE")
+    return old, new
+
+
+def split(text: str, tokenizer: object, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Tokens of blocks of 2,048 characters: of ten, 8 for training, 1 development, 1 test."""
+    parts = {"train": "", "dev": "", "test": ""}
+    for i in range(0, len(text), 2048):
+        part = ["train"] * 8 + ["dev", "test"]
+        parts[part[i // 2048 % 10]] += text[i : i + 2048]
+    tokens = {}
+    for name, part in parts.items():
+        ids = tokenizer(part)["input_ids"] if tokenizer else list(part.encode())
+        if len(ids) < 2 * args.context:
+            sys.exit(f"the {name} part of a text has {len(ids)} tokens; give a longer text")
+        tokens[name] = torch.tensor(ids)
+    return tokens
+
+
+def draw(tokens: Tensor, count: int, seed: int, args: argparse.Namespace) -> list[Tensor]:
+    """`count` batches of random windows, (batch, context + 1) each."""
+    size = args.context + 1
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(tokens) - size, (count, args.batch, 1), generator=generator)
+    return list(tokens[starts + torch.arange(size)].to(args.device))
+
+
+def draw_training(tokens: Tensor, seed: int, args: argparse.Namespace) -> list[Tensor]:
+    """A batch for every step; where data is few, the same ones over and over."""
+    distinct = args.train_batches or args.steps
+    rounds = math.ceil(args.steps / distinct)
+    return (draw(tokens, distinct, 100 + seed, args) * rounds)[: args.steps]
+
+
+def windows(tokens: Tensor, args: argparse.Namespace) -> list[Tensor]:
+    """A held-out text as batches of adjoining windows."""
+    rows = tokens.unfold(0, args.context + 1, args.context)  # (windows, context + 1)
+    return list(rows.to(args.device).split(args.batch)[:HELD_OUT_BATCHES])
+
+
+def pretrained(args: argparse.Namespace, tokens: Tensor) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(args.width, args.layers, args.heads, args.context)
+    model = Transformer(args.width, args.layers, args.heads, args.context).to(args.device)
     batches = draw(tokens, args.pretrain_steps, 0, args)
-    for step, seconds in train(model.to(args.device), batches, 3e-3, warmup=100):
-        progress(f"pre-training, step {step} of {len(batches)}: "
-                 f"{seconds * (len(batches) - step):.0f} s left, then the comparison")
-    return model
+    progress = Progress(len(batches))
+    for _ in train(model, batches, 3e-3, warmup=100):
+        progress.advance("pre-training, the comparison comes after it")
+    return model.eval()
 
-def progress(line: str, last: list[float] = [0.0]) -> None:  # noqa: B006  remembers its last call
-    """One line, rewritten in a terminal; in a file, a new one every 20 seconds."""
-    if sys.stdout.isatty():
-        print(f"\r{line:<90}", end="", flush=True)
-    elif time.perf_counter() - last[0] > 20:
-        last[0] = time.perf_counter()
-        print(line, flush=True)
 
-# ------------------------------------------------------------------------------ the comparison
+class Progress:
+    """One line, rewritten in a terminal; elsewhere a new one every 20 seconds."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.done = 0
+        self.began = time.perf_counter()
+        self.shown = self.began
+
+    def advance(self, what: str) -> None:
+        self.done += 1
+        now = time.perf_counter()
+        left = (now - self.began) * (self.total / self.done - 1)
+        line = f"[{self.done}/{self.total}] {left:4.0f} s left; {what}"
+        if sys.stdout.isatty():
+            print(f"\r{line:<98.98}", end="", flush=True)
+        elif now - self.shown > 20:
+            self.shown = now
+            print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------- one run
+
+
 @dataclass
-class Run:
+class Job:
     method: str
     freeze_A: bool
     lr: float
     seed: int
-    loss_start: float  # on the test part, as the curve
+
+
+@dataclass
+class Run(Job):
+    loss_start: float  # on test text, as loss_test
     loss_dev: float
     loss_test: float
-    init_steps: float  # seconds of the start / seconds of a training step
-    curve, trainable, step = (), 0, 0  # [(step, loss), …]; without a type, so not in --json
+    cost_steps: int  # what the start costs by rule
+    clock_steps: float  # and by the clock, in training steps
 
-def start(method: str, model: nn.Module, batches: list[Tensor], old: list[Tensor], args: Namespace,
-          seed: int) -> float:
-    """Give the model's adapters the method's A and B; returns the step of the line search."""
-    layers, look = lora_init.lora_layers(model), batches[: args.calibration]
-    if method == "orthonormal":
-        for layer in layers.values():
-            A = torch.linalg.qr(torch.randn_like(layer.lora_A).mT).Q.mT  # (r, in)
-            layer.set_factors(layer.lora_B, A)
-    elif method == "gradient_svd":  # A: the gradient's top right singular vectors; B stays 0
-        for name, total in lora_init.collect_statistics(model, layers, look, loss_fn).items():
-            Z, Y = torch.eye(total.gradient.shape[1]), torch.ones_like(total.output_fisher)
-            _, A = lora_init.lora_da(total.gradient, Z.to(Y), Y, args.rank, 1, variance=0.0)
-            layers[name].set_factors(layers[name].lora_B, A)
-    elif method == "lora_da":
-        lora_init.init_lora_da(model, look, loss_fn, n_train=args.steps * look[0][:, 1:].numel(),
-                               step=1.0)
-    elif method == "hrp":
-        lora_init.init_hrp(model, batches[: args.preheat_steps], loss_fn, lr=args.preheat_lr,
-                           seed=seed)
-    elif method == "cntlora":
-        lora_init.init_cntlora(model, look, loss_fn, pretrain_batches=old, step=1.0)
-    if method not in ("lora_da", "cntlora"):
-        return 1.0
-    unseen = batches[args.calibration:args.calibration + 1]  # how far, say rows not fitted
-    return lora_init.line_search(model, unseen, loss_fn)
 
-def mean(row: list[Run], name: str) -> float:
-    return statistics.fmean(getattr(run, name) for run in row)
+@dataclass
+class Start:
+    factors: dict[str, tuple[Tensor, Tensor]]  # B and A of every adapter
+    seconds: float
+    loss: float  # on test text
 
-def next_rate(rates: list[float], losses: dict[float, float]) -> float | None:
-    """Downhill from the middle of the sweep; None when both neighbours of the best are tried."""
-    best = min(losses, key=losses.get, default=rates[len(rates) // 2])
-    near = rates[max(rates.index(best) - 1, 0):rates.index(best) + 2]
-    return next((rate for rate in near if rate not in losses), None)
 
-class Comparison:
-    """All `runs` as they finish, and `rows`: rows[freeze_A][method], at the method's best rate."""
-    def __init__(self, args: Namespace, base: Transformer, pretrain: dict, finetune: dict):
-        self.args, self.base, self.runs, self.rows = args, base, [], {True: {}, False: {}}
-        self.old = draw(pretrain["train"], args.calibration, 1, args)
-        self.dev, self.test = windows(finetune["dev"], args), windows(finetune["test"], args)
-        self.batches = [draw(finetune["train"], 2 * args.steps, 100 + seed, args)
-                        for seed in range(args.seeds)]  # twice the steps, for "lora+9"
-        self.began = time.perf_counter()
+def cost_steps(method: str, args: argparse.Namespace) -> int:
+    """What a start costs, in training steps: they are taken off its training."""
+    if method == "hrp":
+        return args.preheat_steps
+    if method in ("gradient_svd", "lora_da", "cntlora"):
+        return args.calibration + SEARCH_STEPS
+    return 0
 
-    def run(self) -> None:
-        args, rows, methods = self.args, self.rows, self.args.methods.split(",")
-        dev, test = evaluate(self.base, self.dev), evaluate(self.base, self.test)
-        self.runs = [Run("none", True, 0.0, seed, test, dev, test, 0.0)
-                     for seed in range(args.seeds)]
-        rows[True]["none"] = rows[False]["none"] = list(self.runs)
-        self.sweep("full", [False], args.full_rates)
-        rows[True]["full"] = rows[False]["full"]
-        for method in methods:
-            self.sweep(method, [True, False], args.rates)
-        if {"lora", "lora_da"} <= set(methods):  # what if plain LoRA gets the start's time, too?
-            cost = statistics.median(r.init_steps for r in self.runs if r.method == "lora_da")
-            for freeze in (True, False):
-                self.sweep(f"lora+{min(math.ceil(cost), args.steps)}", [freeze],
-                           str(rows[freeze]["lora"][0].lr))
 
-    def sweep(self, method: str, freezes: list[bool], rates: str) -> None:
-        """A start for each seed serves all rates; the first seed's development loss chooses one."""
-        begun = []
-        for seed, batches in enumerate(self.batches):
-            torch.manual_seed(seed)
-            model = copy.deepcopy(self.base)
-            if method != "full":
-                lora_init.add_lora(model, self.args.rank, targets=self.args.targets.split(","))
-            began = clock()
-            step = start(method, model, batches, self.old, self.args, seed)
-            begun.append((seed, model, step, clock() - began))
-        for freeze in freezes:
-            tried, losses = {}, {}
-            while (lr := next_rate([float(rate) for rate in rates.split(",")], losses)) is not None:
-                tried[lr] = self.fine_tune(method, freeze, lr, *begun[0])
-                losses[lr] = tried[lr].loss_dev
-            lr = min(losses, key=losses.get)
-            self.rows[freeze][method] = [tried[lr]] + [
-                self.fine_tune(method, freeze, lr, *one) for one in begun[1:]]
+class Experiment:
+    """What a process needs to carry out runs: one adapted model, whose factors are set anew."""
 
-    def fine_tune(self, method: str, freeze: bool, lr: float, seed: int, model: nn.Module,
-                  step: float, init_seconds: float) -> Run:
-        """Train a copy of a started model: HRP for fewer steps, "lora+9" for nine more."""
-        done = self.args.preheat_steps if method == "hrp" else 0
-        last = self.args.steps + int(method.partition("+")[2] or 0)
-        model, times = copy.deepcopy(model), []
-        for layer in lora_init.lora_layers(model).values():
-            layer.lora_A.requires_grad_(not freeze)
-        curve = [(done, evaluate(model, self.test))]
-        for i, (_, seconds) in enumerate(train(model, self.batches[seed][done:last], lr), done + 1):
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, old: Tensor | None, new: dict[str, Tensor]
+    ):
+        self.args = args
+        self.dev = windows(new["dev"], args)
+        self.test = windows(new["test"], args)
+        self.old = None if old is None else draw(old, args.calibration, 1, args)
+        self.batches = [draw_training(new["train"], seed, args) for seed in range(args.seeds)]
+        self.base = None if args.model else copy.deepcopy(model)  # for full fine-tuning
+        self.model = model
+        self.adapters = lora_init.add_lora(model, args.rank, targets=args.targets)
+        self.last_start = None
+
+    def run(self, job: Job) -> Run:
+        cost = cost_steps(job.method, self.args)
+        batches = self.batches[job.seed][cost:]
+        if job.method == "none":
+            batches = []
+        if job.method == "full":
+            model = copy.deepcopy(self.base).requires_grad_(True)
+            start = Start({}, 0.0, evaluate(model, self.test))
+        else:
+            model = self.model
+            start = self.set_start(job.method, job.seed)
+            for adapter in self.adapters.values():
+                adapter.lora_A.requires_grad_(not job.freeze_A)
+
+        few_data = self.args.train_batches is not None
+        loss_dev = evaluate(model, self.dev)
+        loss_test = start.loss
+        times = []
+        for seconds in train(model, batches, job.lr):
             times.append(seconds)
-            if i % 5 == 0 or i == last:
-                curve.append((i, evaluate(model, self.test)))
-        run = Run(method, freeze, lr, seed, curve[0][1], evaluate(model, self.dev), curve[-1][1],
-                  init_seconds / statistics.median(times))
-        run.curve, run.step = curve, step
-        run.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.runs.append(run)
-        share = (len(self.rows[True]) + len(self.rows[False]) - 1) / (
-            2 * len(self.args.methods.split(",")) + 5)  # of all rows, two of which took no time
-        left = (time.perf_counter() - self.began) * (1 / share - 1)
-        progress(f"{method}, A {'frozen' if freeze else 'trained'}, rate {lr:g}, seed {seed}: "
-                 f"{run.loss_test:.4f}; about {left:.0f} s left")
-        return run
+            at_end = len(times) == len(batches)
+            if at_end or (few_data and len(times) % CHECK_EVERY == 0):
+                loss = evaluate(model, self.dev)
+                if loss < loss_dev or not few_data:  # where data is few, keep the best checkpoint
+                    loss_dev = loss
+                    loss_test = evaluate(model, self.test)
+        clock_steps = start.seconds / statistics.median(times) if times else 0.0
+        return Run(**asdict(job), loss_start=start.loss, loss_dev=loss_dev, loss_test=loss_test,
+                   cost_steps=cost, clock_steps=clock_steps)  # fmt: skip
 
-# ------------------------------------------------------------------------------ the report
-def paired(row: list[Run], other: list[Run] | None) -> tuple[float, float, int]:
-    """Mean and sd of row − other within a seed; −1, 0, 1 for clearly below, neither, above."""
-    gaps = [one.loss_test - two.loss_test for one, two in zip(row, other or [])] or [math.nan]
-    gap, sd = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else math.nan
-    return gap, sd, (gap > 2 * sd) - (gap < -2 * sd)
+    def set_start(self, method: str, seed: int) -> Start:
+        """Give the adapters the start's factors; the runs of one start come one after another."""
+        if self.last_start is None or self.last_start[:2] != (method, seed):
+            began = clock()
+            self.find_start(method, seed)
+            seconds = clock() - began
+            factors = {}
+            for name, adapter in self.adapters.items():
+                factors[name] = (adapter.lora_B.detach().clone(), adapter.lora_A.detach().clone())
+            start = Start(factors, seconds, evaluate(self.model, self.test))
+            self.last_start = (method, seed, start)
+        start = self.last_start[2]
+        self.set_factors(start.factors)
+        return start
 
-def mean_curve(row: list[Run]) -> list[tuple[int, float]]:
-    return [(points[0][0], statistics.fmean(loss for _, loss in points))
-            for points in zip(*(run.curve for run in row))]
+    def set_factors(self, factors: dict[str, tuple[Tensor, Tensor]], step: float = 1.0) -> None:
+        for name, adapter in self.adapters.items():
+            B, A = factors[name]
+            adapter.set_factors(step * B, A)
 
-def report(rows: dict[str, list[Run]], freeze: bool, args: Namespace) -> None:
-    sweeps = [args.rates.split(","), args.full_rates.split(",")]
-    ends = {float(end) for sweep in sweeps if len(sweep) > 2 for end in (sweep[0], sweep[-1])}
-    print(f"\nA {'frozen' if freeze else 'trained'}; test loss in nats per byte\n"
-          f"{'':<13}{'start':>7}{'end':>8}{'rate':>9}{'minus plain LoRA':>19}"
-          f"{'minus orthonormal':>19}{'= steps':>9}{'trainable':>11}")
-    for method, row in rows.items():
-        gaps = [paired(row, rows.get(control)) for control in ("lora", "orthonormal")]
-        gaps = [f"{gap:+.4f} ± {sd:.4f}" if gap else "" for gap, sd, _ in gaps]
-        print(f"{method:<13}{mean(row, 'loss_start'):7.4f}{mean(row, 'loss_test'):8.4f}"
-              f"{row[0].lr:8g}{'!' if row[0].lr in ends else ' '}{gaps[0]:>19}{gaps[1]:>19}"
-              f"{statistics.median(r.init_steps for r in row):9.1f}{row[0].trainable:11,}")
-    if any(row[0].lr in ends for row in rows.values()):
-        print("! the best rate lies at an end of the sweep: widen --rates or --full-rates")
-    if "lora" in rows:
-        print(textwrap.fill(verdict(rows, args.methods.split(",")), 98))
+    def find_start(self, method: str, seed: int) -> None:
+        args = self.args
+        batches = self.batches[seed]
+        look = batches[: args.calibration + 1]  # the last one chooses the step
+        torch.manual_seed(seed)
+        for adapter in self.adapters.values():  # plain LoRA
+            nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(adapter.lora_B)
+        if method == "orthonormal":
+            for adapter in self.adapters.values():
+                nn.init.orthogonal_(adapter.lora_A)
+        elif method == "gradient_svd":
+            self.find_gradient_svd(look[:-1], look[-1])
+        elif method == "lora_da":
+            n_train = len(batches) * batches[0][:, 1:].numel()
+            lora_init.init_lora_da(
+                self.model, look, loss_fn, n_train=n_train, variance=args.variance
+            )
+        elif method == "hrp":
+            preheat = batches[: args.preheat_steps]
+            lora_init.init_hrp(self.model, preheat, loss_fn, lr=args.preheat_lr, seed=seed)
+        elif method == "cntlora":
+            lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
 
-def verdict(rows: dict[str, list[Run]], methods: list[str]) -> str:
-    """What the paired differences say, in words."""
-    sides: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-    for method in methods:
-        if method in rows and method != "lora":
-            sides[paired(rows[method], rows["lora"])[2]].append(method)
-    won, tied, lost = (", ".join(names) or "none" for names in sides.values())
-    both = [m for m in sides[-1] if paired(rows[m], rows.get("orthonormal"))[2] < 0]
-    text = (f"Clearly below plain LoRA: {won}. Clearly below orthonormal too: "
-            f"{', '.join(both) or 'none'}. Ties with plain LoRA: {tied}. Clearly above it: {lost}.")
-    longer = next((method for method in rows if "+" in method), None)
-    if longer:
-        goal = mean(rows["lora_da"], "loss_start")
-        step = next((step for step, loss in mean_curve(rows["lora"]) if loss <= goal), None)
-        gap, sd, side = paired(rows["lora_da"], rows[longer])
-        reached = "never" if step is None else f"by step {step}"
-        steps = ", ".join(str(Fraction(run.step)) for run in rows["lora_da"])
-        text += (f" LoRA-DA, with {steps} of Newton's step, starts at {goal:.4f}, which plain LoRA "
-                 f"reaches {reached}. Given its start's time as {longer[5:]} steps more, plain "
-                 f"LoRA ends at {mean(rows[longer], 'loss_test'):.4f}; LoRA-DA minus that is "
-                 f"{gap:+.4f} ± {sd:.4f}: "
-                 f"{('still clearly below', 'a tie', 'clearly above')[side + 1]}.")
-    return text
+    def find_gradient_svd(self, batches: list[Tensor], held_out: Tensor) -> None:
+        """The best step of rank r along −G, with a search as LoRA-DA's over as many steps."""
+        means = lora_init.collect_statistics(self.model, self.adapters, batches, loss_fn)
+        r = self.args.rank
+        factors = {}
+        for name in self.adapters:
+            U, S, V_t = torch.linalg.svd(means[name].gradient, full_matrices=False)
+            factors[name] = (-U[:, :r] * S[:r], V_t[:r])
+        losses = {}
+        for step in [0.0] + [4.0**k for k in range(-2, 9)]:
+            self.set_factors(factors, step)
+            losses[step] = evaluate(self.model, [held_out])
+        self.set_factors(factors, min(losses, key=losses.get))
 
-def plot(rows: dict[bool, dict[str, list[Run]]], file: str) -> None:
+
+# ---------------------------------------------------------------------------- all runs
+
+EXPERIMENT = None  # of this process
+
+
+def set_up(args: argparse.Namespace, *given: object) -> None:
+    global EXPERIMENT
+    if args.processes > 1:
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process answers Ctrl-C
+    EXPERIMENT = Experiment(args, *given)
+
+
+def carry_out(job: Job) -> Run:
+    return EXPERIMENT.run(job)
+
+
+def all_jobs(args: argparse.Namespace) -> list[Job]:
+    jobs = [Job("none", True, 0.0, 0)]
+    for seed in range(args.seeds):
+        for method in args.methods:
+            for freeze_A in (True, False):
+                for lr in args.rates:
+                    jobs.append(Job(method, freeze_A, lr, seed))
+        if not args.model:
+            for lr in args.rates:
+                jobs.append(Job("full", False, lr * FULL_RATE, seed))
+    return jobs
+
+
+def compare(args: argparse.Namespace, *given: object) -> list[Run]:
+    """All runs, shared by processes; after Ctrl-C those that are finished."""
+    jobs = all_jobs(args)
+    progress = Progress(len(jobs))
+    runs = []
+    pool = None
+    try:
+        if args.processes > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = context.Pool(args.processes, set_up, (args, *given))
+            finished = pool.imap_unordered(carry_out, jobs)
+        else:
+            set_up(args, *given)
+            finished = map(carry_out, jobs)
+        for run in finished:
+            runs.append(run)
+            frozen = "frozen" if run.freeze_A else "trained"
+            what = f"{run.method}, A {frozen}, rate {run.lr:g}, seed {run.seed}"
+            progress.advance(f"{what}: {run.loss_test:.4f}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {len(runs)} of {len(jobs)} runs are finished, and count")
+    finally:
+        if pool:
+            pool.terminate()
+    order = ["none", *METHODS, "full"]
+    return sorted(runs, key=lambda run: (order.index(run.method), run.lr, run.seed))
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+class Results:
+    """The runs of one setting, by method, rate and seed."""
+
+    def __init__(self, runs: list[Run], freeze_A: bool):
+        self.setting = "frozen" if freeze_A else "trained"
+        self.none = next(run.loss_test for run in runs if run.method == "none")
+        self.full = {}  # {rate: {seed: run}}
+        self.cells = {}  # {method: {rate: {seed: run}}}
+        for run in runs:
+            if run.method == "full":
+                self.full.setdefault(run.lr, {})[run.seed] = run
+            elif run.method != "none" and run.freeze_A == freeze_A:
+                row = self.cells.setdefault(run.method, {})
+                row.setdefault(run.lr, {})[run.seed] = run
+
+    def best_loss(self, method: str) -> float:
+        row = self.cells[method]
+        return mean(row[best_rate(row)], "loss_test")
+
+
+def mean(runs: dict[int, Run], name: str) -> float:
+    return statistics.fmean(getattr(run, name) for run in runs.values())
+
+
+def best_rate(row: dict[float, dict[int, Run]]) -> float:
+    """The rate with the least mean loss on development text."""
+    return min(row, key=lambda lr: mean(row[lr], "loss_dev"))
+
+
+@dataclass
+class Difference:
+    """Test loss minus plain LoRA's, paired by seed, with half of a 95 % interval."""
+
+    method: str
+    mean: float
+    half: float
+    cost_steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:+.4f} ± {self.half:.4f}" if self.half < math.inf else f"{self.mean:+.4f}"
+        )
+
+
+def differences(results: Results, lr: float | None = None) -> dict[str, Difference]:
+    """Of all methods at the rate `lr`, or each at its best one."""
+    found = {}
+    for method, row in results.cells.items():
+        lora = results.cells["lora"]
+        ours = row.get(lr or best_rate(row), {})
+        theirs = lora.get(lr or best_rate(lora), {})
+        gaps = [ours[seed].loss_test - theirs[seed].loss_test for seed in ours if seed in theirs]
+        if method == "lora" or not gaps:
+            continue
+        half = math.inf  # one or two seeds prove nothing
+        if len(gaps) > 2:
+            half = T_95[len(gaps) - 2] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        cost = next(iter(ours.values())).cost_steps
+        found[method] = Difference(method, statistics.fmean(gaps), half, cost)
+    return found
+
+
+def verdict(found: dict[str, Difference]) -> str:
+    """What the intervals say, in words."""
+    groups = {"clearly below plain LoRA": [], "clearly above it": [], "not clearly different": []}
+    for difference in found.values():
+        if abs(difference.mean) <= difference.half:
+            group = "not clearly different"
+        elif difference.mean < 0:
+            group = "clearly below plain LoRA"
+        else:
+            group = "clearly above it"
+        groups[group].append(f"{difference.method} ({difference.cost_steps} steps for its start)")
+    return "; ".join(f"{group}: {', '.join(names) or 'none'}" for group, names in groups.items())
+
+
+def print_losses(results: Results, rates: list[float]) -> None:
+    print(f"{'':<13}" + "".join(f"{rate:>9g}" for rate in rates))
+    for method, row in results.cells.items():
+        line = f"{method:<13}"
+        for rate in rates:
+            cell = ""
+            if rate in row:
+                mark = "*" if rate == best_rate(row) else " "
+                cell = f"{mean(row[rate], 'loss_test'):.4f}{mark}"
+            line += f"{cell:>9}"
+        print(line)
+    print("* its best rate by development text")
+    line = f"no adapter: {results.none:.4f}"
+    if results.full:
+        rate = best_rate(results.full)
+        loss = mean(results.full[rate], "loss_test")
+        line += f"; full fine-tuning: {loss:.4f} at its best rate {rate:g}"
+    print(line)
+
+
+def print_differences(results: Results, quarter: float, gap: float | None) -> None:
+    at_best = differences(results)
+    at_quarter = differences(results, quarter)
+    print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss and its cost")
+    header = f"{'':<13}{'best rates':>18}{f'all at {quarter:g}':>18}{'start':>9}"
+    header += f"{'cost':>6}{'clock':>7}"
+    print(header + (f"{'gap closed':>12}" if gap else ""))
+    for method, difference in at_best.items():
+        row = results.cells[method]
+        best = row[best_rate(row)]
+        clock_steps = statistics.median(run.clock_steps for run in best.values())
+        line = f"{method:<13}{str(difference):>18}{str(at_quarter.get(method, '')):>18}"
+        line += f"{mean(best, 'loss_start'):9.4f}{difference.cost_steps:6}{clock_steps:7.1f}"
+        if gap:
+            won = results.best_loss("lora") - results.best_loss(method)
+            line += f"{won / gap:12.0%}"
+        print(line)
+    for where, found in (
+        (f"With A {results.setting} and each method at its best rate", at_best),
+        (f"With A {results.setting} and all at {quarter:g}, a quarter of its best", at_quarter),
+    ):
+        if found:
+            print("\n" + textwrap.fill(f"{where}, {verdict(found)}.", 98))
+
+
+def report(runs: list[Run], args: argparse.Namespace) -> None:
+    frozen = Results(runs, freeze_A=True)
+    trained = Results(runs, freeze_A=False)
+    gap = None  # what freezing A costs plain LoRA
+    if "lora" in frozen.cells and "lora" in trained.cells:
+        gap = frozen.best_loss("lora") - trained.best_loss("lora")
+    for results in (frozen, trained):
+        unit = "token" if args.model else "byte"
+        print(f"\n\nA {results.setting}: test loss in nats per {unit}, by learning rate")
+        print_losses(results, args.rates)
+        if "lora" in results.cells:
+            quarter = best_rate(results.cells["lora"]) / 4
+            print_differences(results, quarter, gap if results is frozen else None)
+    print(
+        "\ncost: training steps taken off for the start; clock: what it took here; gap closed: of "
+        f"the\n{gap or math.nan:.4f} between plain LoRA with A frozen and with A trained"
+    )
+
+
+def plot(runs: list[Run], file: str) -> None:
     import matplotlib.figure
+
     matplotlib.rcParams["svg.hashsalt"] = "lora"  # the same runs give the same bytes
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, freeze in zip(panels, (True, False)):
-        for method, row in rows[freeze].items():
-            if method != "none" and "+" not in method:
-                panel.plot(*zip(*mean_curve(row)), label=method, marker=".")
-        panel.set(title=f"A {'frozen' if freeze else 'trained'}", xlabel="step")
-    panels[0].set_ylabel("test loss, nats per byte")
-    panels[1].legend()
+    lowest = min(run.loss_test for run in runs)
+    for panel, freeze_A in zip(panels, (True, False), strict=True):
+        results = Results(runs, freeze_A)
+        for method, row in results.cells.items():
+            rates = sorted(row)
+            losses = [[run.loss_test for run in row[rate].values()] for rate in rates]
+            color = "black" if method == "lora" else f"C{METHODS.index(method)}"
+            means = [statistics.fmean(of_seeds) for of_seeds in losses]
+            lows = [min(of_seeds) for of_seeds in losses]
+            highs = [max(of_seeds) for of_seeds in losses]
+            panel.plot(rates, means, marker="o", markersize=3, color=color, label=method)
+            panel.fill_between(rates, lows, highs, color=color, alpha=0.12, linewidth=0)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+        if results.full:
+            loss = mean(results.full[best_rate(results.full)], "loss_test")
+            panel.axhline(loss, color="gray", linestyle=":", label="full fine-tuning")
+        panel.axhline(results.none, color="gray", linestyle="--", label="no adapter")
+        room = results.none - lowest
+        panel.set_ylim(lowest - 0.1 * room, results.none + 0.2 * room)
+        panel.set_xlabel("learning rate")
+        panel.set_title(f"A {results.setting}")
+    panels[0].set_ylabel("test loss, nats (band: all seeds)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+
 
 def main() -> None:
     args = parse_args()
-    (source, prose), size = read_texts(args), 2 * args.context + 2
-    pretrain = split(source, size, "pre-training")
-    finetune = split(prose[: args.finetune_bytes], size, "fine-tuning")
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
-          f"{torch.get_num_threads()} threads, seeds 0..{args.seeds - 1}", flush=True)
-    base = pretrained(args, pretrain["train"])
-    print(f"\n{sum(p.numel() for p in base.parameters()):,} parameters, loss on held-out source "
-          f"{evaluate(base, windows(pretrain['test'], args)):.3f}; adapters on {args.targets}: "
-          f"{len(args.targets.split(',')) * args.layers} layers\n{args.steps} steps of "
-          f"{args.batch} x {args.context} bytes; calibration: {args.calibration} batches; "
-          f"preheating: {args.preheat_steps} steps at {args.preheat_lr:g}\n"
-          f"rates, from the middle: {args.rates}; full: {args.full_rates}", flush=True)
-    comparison = Comparison(args, base, pretrain, finetune)
-    try:
-        comparison.run()
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is finished counts", end="")
-    for freeze, rows in comparison.rows.items():
-        report(rows, freeze, args)
-    print(f"\n= steps: what the start took, in training steps (HRP's are of its {args.steps}). "
-          f"Clearly: by more than\n2 sd of the {args.seeds} differences within a seed.")
+    old_text, new_text = read_texts(args)
+    print(
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
+        f"{args.processes} processes, seeds 0..{args.seeds - 1}",
+        flush=True,
+    )
+    tokenizer = None
+    if args.model:
+        model, tokenizer = load_hugging_face(args)
+    old = None if old_text is None else split(old_text, tokenizer, args)["train"]
+    new = split(new_text, tokenizer, args)
+    if not args.model:
+        try:
+            model = pretrained(args, old)
+        except KeyboardInterrupt:
+            sys.exit("\ninterrupted during pre-training: there is nothing to compare yet")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"\n{parameters:,} parameters, adapters of rank {args.rank} on {','.join(args.targets)}; "
+        f"{args.steps} steps of\n{args.batch} x {args.context} tokens; starts are fitted to "
+        f"{args.calibration} batches; HRP preheats {args.preheat_steps} steps at "
+        f"{args.preheat_lr:g}",
+        flush=True,
+    )
+    runs = compare(args, model, old, new)
     if args.json:
-        Path(args.json).write_text(json.dumps([asdict(run) for run in comparison.runs], indent=1))
-    if args.plot:
-        plot(comparison.rows, args.plot)
+        text = json.dumps({"runs": [asdict(run) for run in runs]}, indent=1)
+        Path(args.json).write_text(text, encoding="utf-8")
+    if any(run.method == "none" for run in runs):
+        report(runs, args)
+        if args.plot:
+            plot(runs, args.plot)
+
 
 if __name__ == "__main__":
     main()
