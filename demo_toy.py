@@ -150,7 +150,7 @@ def new_task(fast: bool) -> Scene:
     drift = lines["LoRA-DA"].mean(dim=0).max()
     gradient = table["gradient SVD"]
     plain = table["plain LoRA"]
-    more = "more" if gradient[0] > plain[0] else "less"
+    more = "more" if gradient[0] > 1 else "less"
     better = "better" if gradient[-1] < plain[-1] else "worse"
     trained_order = listed(sorted(table, key=lambda name: table[name][-2]))
     frozen_order = listed(sorted(table, key=lambda name: table[name][-1]))
