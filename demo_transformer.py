@@ -88,10 +88,10 @@ def parse_args() -> argparse.Namespace:
         args.processes = os.cpu_count() if args.device == "cpu" else 1
     if args.fast:
         args.pretrain_steps = 40
-        args.steps = 24
+        args.steps = 16
         args.preheat_steps = 3
         args.seeds = 2
-        args.rates = "0.01,0.02,0.04"
+        args.rates = "0.01,0.04"
     args.targets = args.targets.split(",")
     args.methods = args.methods.split(",")
     args.rates = [float(rate) for rate in args.rates.split(",")]
