@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Data-driven starting points for LoRA: three published algorithms, as plain functions.
+"""Data-driven starting points for LoRA: three algorithms after published papers, as functions.
 
 LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b + s·B A x
 
-    W  weight        (out, in)   frozen           x  (…, in)    one row of a layer's input
-    A  lora_A        (r, in)     projects down    g  (…, out)   ∂(−log p)/∂y for that row
+    W  weight        (out, in)   frozen           x  (…, in)    rows of a layer's input
+    A  lora_A        (r, in)     projects down    g  (…, out)   ∂(−Σ log p)/∂y, summed over rows
     B  lora_B        (out, r)    projects up      Z  input_moment   (in, in)   E[x xᵀ]
     s  scaling       alpha / r                    Y  output_fisher  (out,)     E[g²]
     ΔW delta_weight  (out, in)   s·B A            G  gradient       (out, in)  E[g xᵀ]
 
 Plain LoRA starts at a random A and B = 0. The three algorithms look at data first:
 
-    lora_da [2]   inputs and gradients          the A that errs least, and a step within it
+    lora_da [2]   inputs and gradients          the A of least bias and variance, a step within it
     hrp [3]       a short high-rank training    its main directions as A, and B = 0
     cntlora [4]   inputs, no labels             the change that restores the inputs' moments
 
@@ -22,7 +22,7 @@ the statistics that they need, whole models.
 [2] LoRA-DA, arXiv 2510.24561, ICML 2026. The whole paper, checked against its authors' code.
 [3] High-Rank Preheating, arXiv 2502.07739 v3. Only the abstract and its theorem's claim.
 [4] ConsNoTrainLoRA, arXiv 2507.08044. Only the abstract: the equations here are our own.
-[5] K-FAC, arXiv 1503.05671.    [6] Block Krylov methods, arXiv 1504.05477.
+[5] K-FAC, arXiv 1503.05671.    [6] Davidson's method, J. Comput. Phys. 17 (1975), 87.
 """
 
 import copy
@@ -43,8 +43,9 @@ class LoRALinear(nn.Module):
     """y = base_layer(x) + s·B A x: a linear layer, frozen and called as it is, plus a thin term.
 
     x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
-    that the function is unchanged. A and B are float32 at least. `alpha=None` means s = 1, and
-    `scaling = 0` switches the adapter off. Raises ValueError for a rank or an alpha out of range.
+    that the function is unchanged. A and B are made in float32 at least. `alpha=None` means s = 1,
+    and `scaling = 0` switches the adapter off. Raises ValueError for a rank or an alpha out of
+    range.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float | None = None):
@@ -98,20 +99,25 @@ class LoRALinear(nn.Module):
         return self.scaling * self.lora_B @ self.lora_A
 
     def set_factors(self, B: Tensor, A: Tensor) -> None:
-        """Copy in B (out, r) and A (r, in), of any rank; the Parameters stay the same objects.
+        """Copy in B (out, r) and A (r, in), of any rank; s and the Parameter objects stay.
 
         Raises ValueError for factors that do not fit or that hold NaN or Inf.
         """
         _check_rank(len(A), self.in_features, self.out_features)
         _check_shape("A", A, (len(A), self.in_features))
         _check_shape("B", B, (self.out_features, len(A)))
+        A = A.detach().to(self.lora_A, copy=True)
+        B = B.detach().to(self.lora_B, copy=True)
         _check_finite("A", A)
         _check_finite("B", B)
-        self.lora_A.data = A.detach().to(self.lora_A, copy=True)
-        self.lora_B.data = B.detach().to(self.lora_B, copy=True)
+        self.lora_A.data = A
+        self.lora_B.data = B
 
     def merged(self) -> nn.Linear:
-        """A new, frozen `nn.Linear` with weight W + ΔW; hooks of the base layer are not copied."""
+        """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
+
+        Hooks of the base layer are not carried over.
+        """
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(self.weight.detach())
         linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
@@ -152,8 +158,11 @@ def add_lora(
 def merge_lora(model: nn.Module) -> nn.Module:
     """Replace every adapter by its merged linear layer, in place; returns the model.
 
-    Raises TypeError, and changes nothing, where a base weight is stored quantized.
+    Raises TypeError, and changes nothing, where a base weight is stored quantized or the model is
+    itself an adapter.
     """
+    if isinstance(model, LoRALinear):
+        raise TypeError("the model is itself a LoRALinear: call its merged()")
     merged = {}
     for name, layer in lora_layers(model).items():
         with _naming(name):
@@ -168,10 +177,12 @@ def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict
     modules = {name: m for name, m in model.named_modules() if name and m not in adapted}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     if targets is None:
-        targets = list(linears)
-    elif isinstance(targets, str):
+        found = dict(linears)
+        targets = []
+    else:
+        found = {}
+    if isinstance(targets, str):
         targets = [targets]
-    found = {}
     for target in targets:
         matches = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not matches:
@@ -262,46 +273,53 @@ def lora_da(
     variance: float = 1.0,
     damping: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
-    """LoRA-DA [2, Algorithm 1]: the A within which a fit on `n_train` rows errs least, and its B.
+    """LoRA-DA [2, Algorithm 1]: the directions A of least bias and variance, a step B within them.
 
     Takes the means G (out, in), Z (in, in) and Y (out,); returns B (out, r) and A (r, in), AAᵀ = I.
-    `variance` weighs the first term of Ω below; the theory's 1 assumes that Δ is known exactly.
+    `n_train` is the number N of different rows that fine-tuning will see. `variance` weighs the
+    first term of Ω below. The theory's 1 takes Δ for known; where G comes from the same N rows, 2
+    makes Ω unbiased.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
-       likelihood fit of all of W on N given inputs. It is unbiased with covariance J⁻¹/N, the least
-       there is (Cramér–Rao), if J is the Fisher information of a row, averaged over the inputs.
-       This is exact in linear regression with Gaussian noise, and elsewhere a limit for large N.
+       likelihood fit of all of W on N independent rows, whose inputs are given. It is unbiased with
+       the covariance J⁻¹/N, the least of any unbiased estimate (Cramér–Rao); J is the Fisher
+       information of a row, averaged over these inputs. This is exact in linear regression with
+       Gaussian noise. For other models that hold the truth it is the limit for large N.
 
     2. What is J? Lay the rows of W end to end. The gradient of one row, g xᵀ, becomes g ⊗ x. At the
        truth its mean over labels is 0, so that J = E[ggᵀ ⊗ xxᵀ]. K-FAC [5] treats g and x as
        independent, and of E[ggᵀ] we keep the diagonal: J = diag(Y) ⊗ Z. Then row i of Δ̂ has the
-       covariance Z⁻¹/(N·Yᵢ). (The paper has [Y⁻¹]ᵢᵢ, the diagonal of the inverse of all of E[ggᵀ].
-       Its authors' default code has 1/Yᵢᵢ, as we do, which is no more than that.)
+       covariance Z⁻¹/(N·Yᵢ). The paper has (E[ggᵀ]⁻¹)ᵢᵢ in place of 1/Yᵢ, which is never less; its
+       authors' default code has 1/Yᵢ, as we do. Tokens of one sequence are not independent rows,
+       and we treat them as if they were.
 
-    3. Which A? Keep of the fit what lies within A, where AAᵀ = I: Ŵ = W + Δ̂AᵀA. Its error is
-           Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA),
-       noise within A and bias outside. The two are orthogonal, as AᵀA(I − AᵀA) = 0, so that
+    3. Which A? Keep of the fit what lies within A, where AAᵀ = I: Ŵ = W + Δ̂AᵀA. Its error in W is
+           Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA).
+       The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0, so that
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
        Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ). The rows together give
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
        which is least where A's rows are the eigenvectors of Ω's r lowest eigenvalues (Ky Fan).
 
-    4. Which Δ, and which B? For the unknown Δ take one natural-gradient step, J vec Δ = −vec G. As
+    4. Which Δ, and which B? Take one natural-gradient step, J vec Δ = −vec G. On a quadratic loss
+       with the Hessian J it ends at the minimum, so that it estimates the unknown Δ. As
        J vec Δ = vec(diag(Y)ΔZ), it is Δ = −diag(Y)⁻¹ G Z⁻¹. The fit within A is ΔAᵀA: B = ΔAᵀ.
 
-    A frozen. The paper fits B alone. On given inputs that fit has no more variance than Ω counts:
-    the covariance of a row is (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ, as the inverse of a block is
-    at most the block of the inverse (M ⪯ N: N − M has no negative eigenvalue). It has no less bias,
-    as B = ΔAᵀ has the least. On random inputs, what ΔX leaves outside A is noise, too.
+    A frozen. The paper fits B alone. Given the inputs, row i of that fit has the covariance
+    (AZAᵀ)⁻¹/(N·Yᵢ). This is no more than Ω counts, (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ, as the inverse of a block is
+    at most the block of the inverse (M ⪯ N: N − M has no negative eigenvalue). The bias is no less,
+    as B = ΔAᵀ has the least. So another A can be better for that fit. Where inputs are random, the
+    part of Δx outside A acts as noise, too, and can exceed all that Ω counts.
 
     Guarantee: with `variance=0` and `damping=0`, on a quadratic loss with the Hessian diag(Y) ⊗ Z,
-    where G = −diag(Y)ΔZ, this Δ is the true one, and BA = Δ if rank Δ ≤ r. In regression with noise
-    of variance σ² that Y is 1/σ². A measured E[g²], with the data's labels and g = −(Δx + ε)/σ²,
-    holds the signal, too: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where
-    rank Δ = r. Several layers that each take the whole step can overshoot: see `init_lora_da`.
+    Δ is the true one, and BA = Δ if rank Δ ≤ r. In regression with noise ε of variance σ² this
+    needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², also holds
+    the signal: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r.
+    Several layers that each take the whole step can overshoot: see `init_lora_da`.
 
-    A zero gradient gives B = 0 and the A of least variance. Raises ValueError for tensors that do
-    not fit or are not finite, numbers out of range, and moments that the damping leaves singular.
+    A zero gradient gives B = 0 and, if variance > 0, the A of least variance. Raises ValueError for
+    tensors that do not fit or are not finite, for numbers out of range, and for moments on which
+    Cholesky's factorization fails.
     """
     n_out, n_in = gradient.shape
     _check_rank(rank, n_out, n_in)
@@ -319,7 +337,7 @@ def lora_da(
     Z_inverse = torch.cholesky_inverse(_cholesky("input_moment", Z))  # (in, in)
     # The authors divide Δ by its largest singular value and, at the end, A and B by √γ = 32.
     delta = -(gradient / Y[:, None]) @ Z_inverse  # (out, in)
-    # Their weight is 0.03 with N in sequences and Y per token: not to be compared with ours.
+    # Their weight is 0.03, with N in sequences and Y from losses averaged over each sequence.
     noise = variance * (1 / Y).sum() / n_train
     A = _lowest_eigenvectors(Z, Z_inverse, noise, delta, rank).mT  # (r, in)
     B = delta @ A.mT  # (out, r)
@@ -327,7 +345,7 @@ def lora_da(
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    """C + damping·mean(diag C)·I: the unit of x, if all its coordinates share one, cancels."""
+    """C + damping·mean(diag C)·I, which grows with C: the unit in which x is given is free."""
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not in [0, ∞)")
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
@@ -345,37 +363,43 @@ def _cholesky(name: str, moment: Tensor) -> Tensor:
 def _lowest_eigenvectors(
     Z: Tensor, Z_inverse: Tensor, noise: Tensor, delta: Tensor, rank: int
 ) -> Tensor:
-    """Orthonormal V (n, rank), the lowest eigenvectors of Ω = noise·Z⁻¹ − ΔᵀΔ.
+    """Orthonormal V (n, rank), the eigenvectors of Ω = noise·Z⁻¹ − ΔᵀΔ with the least eigenvalues.
 
-    They are exact up to n = 1024. Beyond that they are the best within two Krylov spaces [6]. A
-    direction is low in Ω if it has little noise, which means it is high in Z, or much signal, which
-    means it is high in ΔᵀΔ. So start from a random block of rank + 8 columns, take nine products
-    with Z and nine with ΔᵀΔ, and solve the problem within all these columns (Rayleigh–Ritz). In the
-    tests, ‖Δ‖² + tr(VᵀΩV) comes within 1 % of ‖Δ‖² + |least trace|. This is not proved.
+    A full `eigh` finds them up to n = 1024. For wider layers this is Davidson's method [6]. Keep a
+    basis, find the lowest vectors V of Ω within it (Rayleigh–Ritz), and add to it what they still
+    lack: their residual ΩV − VΘ, multiplied by Z. Multiplying by Z undoes the noise term's Z⁻¹, so
+    that twelve rounds are enough in the tests: tr(VᵀΩV) comes within 1 % of ‖Δ‖² + |least|. This is
+    not proved, and float32 allows no better where Z is nearly singular and not damped.
     """
     n = len(Z)
-    width = rank + 8
-    products = 9
-    columns = (1 + 2 * products) * width
-    if n <= max(1024, 2 * columns):
-        omega = noise * Z_inverse - delta.mT @ delta  # (n, n)
-        return torch.linalg.eigh(omega).eigenvectors[:, :rank]
+    width = rank + 8  # columns of a block: more than wanted, which helps the last ones
+    rounds = 12
+    if n <= max(1024, 2 * (1 + rounds) * width):
+        _, V = _lowest(noise * Z_inverse - delta.mT @ delta, rank)
+        return V
+
+    def times_omega(V: Tensor) -> Tensor:
+        return noise * Z_inverse @ V - delta.mT @ (delta @ V)
 
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same directions each time
     start = torch.randn(n, width, generator=generator, device="cpu").to(Z)
-    blocks = [start]
-    block = start
-    for _ in range(products):
-        block = torch.linalg.qr(Z @ block).Q
-        blocks.append(block)
-    block = start
-    for _ in range(products):
-        block = torch.linalg.qr(delta.mT @ (delta @ block)).Q
-        blocks.append(block)
-    basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # (n, columns)
-    signal = delta @ basis  # (out, columns)
-    omega = noise * basis.mT @ (Z_inverse @ basis) - signal.mT @ signal  # (columns, columns)
-    return basis @ torch.linalg.eigh(omega).eigenvectors[:, :rank]
+    basis = torch.linalg.qr(start).Q  # (n, columns)
+    product = times_omega(basis)  # (n, columns)
+    for _ in range(rounds):
+        theta, inner = _lowest(basis.mT @ product, width)
+        residual = product @ inner - basis @ inner * theta  # (n, width)
+        larger = torch.linalg.qr(torch.cat([basis, Z @ residual], dim=1)).Q
+        block = larger[:, -width:]  # orthogonal to the basis
+        basis = torch.cat([basis, block], dim=1)
+        product = torch.cat([product, times_omega(block)], dim=1)
+    _, inner = _lowest(basis.mT @ product, rank)
+    return basis @ inner
+
+
+def _lowest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The least eigenvalues (count,) of a symmetric matrix and their eigenvectors (n, count)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values[:count], vectors[:, :count]
 
 
 @_in_float32
@@ -390,14 +414,15 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
        ‖D‖² − ‖DAᵀ‖². That is least if A holds the top r right singular vectors of D
        (Eckart–Young). But D is unknown.
 
-    2. What does preheating find? Train B_high at a random, frozen A_high until it converges. The
-       normal equations (D − B_high·A_high)·A_highᵀ = 0 say that B_high·A_high = DP, where P
-       projects on the rows of A_high. For every A within their span ‖DPAᵀ‖ = ‖DAᵀ‖, so that the
-       product's top r right singular vectors are the best A within it.
+    2. What does preheating find? In the ideal case, B_high is trained at a random, frozen A_high
+       until it converges; a few Adam steps only come nearer to it. Then the normal equations
+       (D − B_high·A_high)·A_highᵀ = 0 hold, and B_high·A_high = DP, where P projects on the rows of
+       A_high. For every A within their span ‖DPAᵀ‖ = ‖DAᵀ‖, so that the product's top r right
+       singular vectors are the best A within it.
 
     3. Why at a high rank? A span that contains another one holds an A that is as good or better.
-       With R = in it holds the best of all; `init_hrp` goes there if preheat_rank ≥ in and
-       out ≥ in.
+       With R = in it holds the best of all. Two random spans do not contain each other, so that a
+       higher rank helps on average, not in every draw.
 
     4. How, without forming the product? Let A_highᵀ = Q T, with T triangular. The product is
        (B_high Tᵀ) Qᵀ. If B_high Tᵀ = U Σ Vᵀ, its right singular vectors are the columns of Q V.
@@ -421,7 +446,7 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @_in_float32
 def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
-    """T (in, in) with T Z_f Tᵀ = Z_p: of all such maps the one that moves x least.
+    """T (in, in) with T Z_f Tᵀ = Z_p: of all such linear maps the one that moves x least.
 
     Fine-tuning inputs x have the moment Z_f = L_f L_fᵀ; after the map they have pre-training's,
     Z_p = L_p L_pᵀ (both in, in, and taken to be symmetric). This is optimal transport between
@@ -433,8 +458,8 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
        With L_pᵀL_f = U Σ Vᵀ it is tr(Q L_fᵀL_p) = tr(Q V Σ Uᵀ) = tr(Σ·UᵀQV). As the diagonal of an
        orthogonal matrix is at most 1, no Q gives more than Q = U Vᵀ (Procrustes).
     3. What is that map? L_p = L_f⁻ᵀ V Σ Uᵀ, so T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹ is symmetric and positive
-       definite. No other map with T Z_f Tᵀ = Z_p is: for such a T, L_fᵀL_p = (L_fᵀ T L_f) Qᵀ is a
-       polar decomposition, and an invertible matrix has only one.
+       definite. No other map with T Z_f Tᵀ = Z_p is: for a symmetric, positive definite T,
+       L_fᵀL_p = (L_fᵀ T L_f) Qᵀ is a polar decomposition, and an invertible matrix has only one.
 
     Raises ValueError unless both moments are positive definite to Cholesky's factorization.
     """
@@ -468,19 +493,19 @@ def cntlora(
 
     1. Outputs: (W + ΔW)x shall have the second moments on fine-tuning inputs that Wx had on
        pre-training inputs: (W + ΔW) Z_f (W + ΔW)ᵀ = W Z_p Wᵀ.
-    2. Inputs: write W + ΔW = W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take the one that
-       moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
+    2. Inputs: look for W + ΔW in the form W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take
+       the one that moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
     3. Without Z_p: take pre-training inputs for white and as large, Z_p = mean(diag Z_f)·I. Then
        T ∝ Z_f^−½, which also whitens what never shifted.
     4. Rank r: let L Lᵀ = Z_f and ΔW L = U Σ Vᵀ. Then E‖(ΔW − BA)x‖² = ‖(ΔW − BA)L‖² is least for
-       B = U_r Σ_r and A = V_rᵀ L⁻¹ (Eckart–Young). With Σ^½ in both, ΔW = 0 would be a saddle:
-       both gradients, GAᵀ and BᵀG, would vanish there.
+       B = U_r Σ_r and A = V_rᵀ L⁻¹ (Eckart–Young). With Σ^½ in both factors, ΔW = 0 would make both
+       of them 0. There both gradients, GAᵀ and BᵀG, vanish, and training could not start.
 
-    Guarantee, for the damped moments: A Z_f Aᵀ = I; Z_p = Z_f gives ΔW = 0; the moments of Wx match
-    at r = min(in, out). With `damping=0` and Z_p given, a shift x_f = S x_p is undone exactly,
-    T = S⁻¹, if S is symmetric positive definite and rank(S − I) ≤ r. A rotation of white inputs
-    leaves no trace in the moments and is not seen. Labels are never looked at. Raises ValueError as
-    `lora_da` does.
+    Guarantee, for the damped moments: A Z_f Aᵀ = I; the moments of Wx match at r = min(in, out);
+    Z_p = Z_f gives ΔW = 0 up to rounding, and an A without a meaning. With `damping=0` and Z_p
+    given, a shift x_f = S x_p is undone exactly, T = S⁻¹, if S is symmetric positive definite and
+    rank(S − I) ≤ r. Damping undoes less of it. A rotation of white inputs leaves no trace in the
+    moments and is not seen. Labels are never looked at. Raises ValueError as `lora_da` does.
     """
     n_out, n_in = weight.shape
     _check_rank(rank, n_out, n_in)
@@ -513,8 +538,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     others.sort(reverse=True)
     least = len(spectra)
     most = least + len(others)
-    if not least <= budget <= most:
-        raise ValueError(f"the rank budget {budget} is not in {least}..{most}")
+    if not isinstance(budget, Integral) or not least <= budget <= most:
+        raise ValueError(f"the rank budget {budget} is not a whole number in {least}..{most}")
     ranks = dict.fromkeys(spectra, 1)
     for _, name in others[: budget - least]:
         ranks[name] += 1
@@ -614,28 +639,34 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """The `Statistics` of linear layers of the model, in eval mode and with our adapters off.
 
-    `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`.
-    One forward and one backward pass a batch, in which no weight needs a gradient; with
-    `backward=False` forward passes alone, in which `loss_fn` may return anything. Memory:
-    in² + out·in + out numbers a layer. With torch.distributed every process passes batches of its
-    own and gets the means over all.
+    `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`;
+    PEFT's stay on. One forward and one backward pass a batch, in which no weight needs a gradient;
+    with `backward=False` forward passes alone, in which `loss_fn` may return anything. Memory:
+    in² + out·in + out numbers a layer and, during a batch, the inputs of all these layers. With
+    torch.distributed every process passes batches of its own and gets the means over all; an error
+    in one of them leaves the others waiting.
 
     `loss_fn(model, batch)` has to call the model that it is given, which is a twin of yours, and
     must leave the batch as it was. Its value is the MEAN of −log p over the rows: a row's g is then
     the gradient at the layer's output times the number of rows in that call. It follows that
 
-    - layers that see a part of the rows (experts, chunks) are not supported;
+    - `F.mse_loss` is no such mean: −log p of noise with variance 1 is half the sum of squares;
     - a layer that is called twice has twice the rows, and half of ∂loss/∂W as its G;
+    - layers that see a part of the rows (experts, chunks) are not supported, and this is not
+      noticed: their step comes out too long;
     - where the loss averages sequences of T tokens, and not tokens, Y is too large and a Newton
-      step up to T times too short;
+      step too short, by about T if the tokens are independent;
     - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
-      tokens that the mask leaves. Where prompts are −100, the gradient is exact with
-      `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`.
+      tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
+      `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
+      if the model heeds that number, as causal models do; T5 and BERT do not.
 
-    `mask_fn(batch)` is true for the rows that count, and has the shape of the input without its
-    last dimension, flattened or not. In float16 small gradients become 0, and G is off by percents;
-    bfloat16 keeps them. Raises ValueError for a loss that is no finite scalar with a gradient, a
-    mask that does not fit, an input changed in place, NaN or Inf, or a layer that no row reached.
+    `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
+    inputs, (B, T), also where a model flattens them to (B·T, in). With thousands of rows in a batch
+    float16 turns small gradients into 0, and G is off by percents; bfloat16 does not. Reentrant
+    checkpoints need a layer of `layers` before them. Raises ValueError for a loss that is no finite
+    scalar with a gradient, a mask that does not fit, an input changed in place before its gradient
+    arrived, NaN or Inf, or a layer that no row reached.
     """
     linears = {name: getattr(layer, "base_layer", layer) for name, layer in layers.items()}
     twin, twin_linears = _twin(model, linears)
@@ -660,8 +691,8 @@ def collect_statistics(
 def _twin(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Module, dict]:
     """A copy of the model in eval mode, and the copies of some of its layers.
 
-    It shares every parameter with the model but the adapters' A and B. Hooks, modes, gradients and
-    new factors live and die with it, so that the model itself has nothing to undo.
+    It shares every parameter with the model but the adapters' A and B; buffers are copied. Modes,
+    gradients, new hooks and new factors live and die with it: the model has nothing to undo.
     """
     factors = _factors(model)
     shared = {}  # what deepcopy finds in here it takes for copied
@@ -715,9 +746,9 @@ def init_lora_da(
 ) -> float:
     """Start every adapter of the model at LoRA-DA's A and B, and return the step.
 
-    `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of rows that
-    fine-tuning will see, which are tokens in a language model; left out, it is the number seen
-    here. An endless stream of batches needs `itertools.islice`.
+    `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of
+    different rows that fine-tuning will see, which are tokens in a language model; left out, it is
+    the number seen here. An endless stream of batches needs `itertools.islice`.
 
     ΔW is `step`·BA of `lora_da`: 1 is the theory's step for a single layer, 0 keeps the directions
     A alone. With `step=None` the LAST batch is held out from the fit, and of 0, 4⁻⁸ … 4² it chooses
@@ -806,7 +837,7 @@ def init_hrp(
     loss_fn: Callable,
     *,
     preheat_rank: int = 64,
-    lr: float = 0.002,
+    lr: float = 0.01,
     train_A: bool = False,
     seed: int = 0,
 ) -> None:
@@ -816,8 +847,9 @@ def init_hrp(
     drawn by `seed` and stays frozen unless `train_A`. `preheat_rank` is capped at min(in, out) of
     each layer. Rank, steps and rate of the preheating are our choices, not the paper's. With
     torch.distributed a step takes the mean gradient of one batch from every process, so that all
-    have to pass equally many. Raises ValueError for no batches, a loss that is no finite scalar
-    with a gradient, and a layer that no gradient reached; then no layer has changed.
+    have to pass equally many. Raises ValueError for a `preheat_rank` below an adapter's rank, for a
+    loss that is no finite scalar with a gradient, and for a layer that no gradient reached, as
+    without batches; then no layer has changed.
     """
     adapters = _adapters(model)
     twin, preheated = _twin(model, adapters)
@@ -880,6 +912,8 @@ def _groups(adapters: dict[str, LoRALinear], size: int | None) -> list[dict[str,
     linears = [(name, layer.base_layer) for name, layer in adapters.items()]
     if size is None:
         size = len(linears)
+    if size < 1:
+        raise ValueError(f"layers_per_pass {size} is below 1")
     return [dict(linears[i : i + size]) for i in range(0, len(linears), size)]
 
 
