@@ -176,12 +176,11 @@ def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict
     adapted = {layer.base_layer for layer in lora_layers(model).values()}
     modules = {name: m for name, m in model.named_modules() if name and m not in adapted}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
+    found = {}
     if targets is None:
-        found = dict(linears)
+        found = linears
         targets = []
-    else:
-        found = {}
-    if isinstance(targets, str):
+    elif isinstance(targets, str):
         targets = [targets]
     for target in targets:
         matches = [name for name in modules if f".{name}".endswith(f".{target}")]
@@ -193,8 +192,9 @@ def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict
                 raise TypeError(f"layer '{name}' is a {kind}, not an nn.Linear")
             found[name] = linears[name]
     if not found:
+        kind = type(model).__name__
         raise ValueError(
-            f"no linear layer of {type(model).__name__} is left to adapt; there are {list(linears)}"
+            f"no linear layer of {kind} is left; adapted are {list(lora_layers(model))}"
         )
     return found
 
@@ -345,7 +345,7 @@ def lora_da(
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    """C + damping·mean(diag C)·I, which grows with C: the unit in which x is given is free."""
+    """C + damping·mean(diag C)·I: this grows with C, so that the unit of x does not matter."""
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not in [0, ∞)")
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
@@ -379,7 +379,7 @@ def _lowest_eigenvectors(
         return V
 
     def times_omega(V: Tensor) -> Tensor:
-        return noise * Z_inverse @ V - delta.mT @ (delta @ V)
+        return noise * (Z_inverse @ V) - delta.mT @ (delta @ V)
 
     generator = torch.Generator(device="cpu").manual_seed(0)  # the same directions each time
     start = torch.randn(n, width, generator=generator, device="cpu").to(Z)
