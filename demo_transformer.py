@@ -30,7 +30,7 @@ from torch import Tensor, multiprocessing, nn
 
 import lora_init
 
-METHODS = ["lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora"]
+METHODS = ["lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora", "full"]
 PRESETS = {
     "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 8},
     "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=40, help="of Adam, with a linearly falling rate")
     add("--context", type=int, help="tokens of a sequence; 96 with --model")
     add("--batch", type=int, help="sequences of a batch; 2 with --model")
-    add("--methods", default=",".join(METHODS), help="which starts to compare")
+    add("--methods", default=",".join(METHODS), help="full trains all weights")
     add("--rates", default="0.0025,0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of every method")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--calibration", type=int, default=4, help="batches that a start is fitted to")
@@ -95,6 +95,8 @@ def parse_args() -> argparse.Namespace:
     args.targets = args.targets.split(",")
     args.methods = args.methods.split(",")
     args.rates = [float(rate) for rate in args.rates.split(",")]
+    if args.model and "full" in args.methods:
+        args.methods.remove("full")  # it would need a copy of the model
 
     if not set(args.methods) <= set(METHODS):
         parser.error(f"--methods are some of {','.join(METHODS)}")
@@ -102,6 +104,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--seeds is not in 1..{len(T_95) + 1}")
     if max(cost_steps(method, args) for method in args.methods) >= args.steps:
         parser.error("a start costs more than --steps: give more, or less --calibration")
+    if args.train_batches is not None and args.train_batches <= args.calibration:
+        parser.error("--train-batches has to be above --calibration: the next one chooses a step")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if args.model and not importlib.util.find_spec("transformers"):
@@ -315,7 +319,8 @@ class Run(Job):
 class Start:
     factors: dict[str, tuple[Tensor, Tensor]]  # B and A of every adapter
     seconds: float
-    loss: float  # on test text
+    loss_dev: float
+    loss_test: float
 
 
 def cost_steps(method: str, args: argparse.Namespace) -> int:
@@ -341,7 +346,8 @@ class Experiment:
         self.base = None if args.model else copy.deepcopy(model)  # for full fine-tuning
         self.model = model
         self.adapters = lora_init.add_lora(model, args.rank, targets=args.targets)
-        self.last_start = None
+        self.start = None
+        self.start_of = None  # its method and seed
 
     def run(self, job: Job) -> Run:
         cost = cost_steps(job.method, self.args)
@@ -350,7 +356,7 @@ class Experiment:
             batches = []
         if job.method == "full":
             model = copy.deepcopy(self.base).requires_grad_(True)
-            start = Start({}, 0.0, evaluate(model, self.test))
+            start = Start({}, 0.0, evaluate(model, self.dev), evaluate(model, self.test))
         else:
             model = self.model
             start = self.set_start(job.method, job.seed)
@@ -358,8 +364,8 @@ class Experiment:
                 adapter.lora_A.requires_grad_(not job.freeze_A)
 
         few_data = self.args.train_batches is not None
-        loss_dev = evaluate(model, self.dev)
-        loss_test = start.loss
+        loss_dev = start.loss_dev
+        loss_test = start.loss_test
         times = []
         for seconds in train(model, batches, job.lr):
             times.append(seconds)
@@ -370,23 +376,29 @@ class Experiment:
                     loss_dev = loss
                     loss_test = evaluate(model, self.test)
         clock_steps = start.seconds / statistics.median(times) if times else 0.0
-        return Run(**asdict(job), loss_start=start.loss, loss_dev=loss_dev, loss_test=loss_test,
-                   cost_steps=cost, clock_steps=clock_steps)  # fmt: skip
+        return Run(
+            **asdict(job),
+            loss_start=start.loss_test,
+            loss_dev=loss_dev,
+            loss_test=loss_test,
+            cost_steps=cost,
+            clock_steps=clock_steps,
+        )
 
     def set_start(self, method: str, seed: int) -> Start:
         """Give the adapters the start's factors; the runs of one start come one after another."""
-        if self.last_start is None or self.last_start[:2] != (method, seed):
+        if self.start_of != (method, seed):
             began = clock()
             self.find_start(method, seed)
             seconds = clock() - began
             factors = {}
             for name, adapter in self.adapters.items():
                 factors[name] = (adapter.lora_B.detach().clone(), adapter.lora_A.detach().clone())
-            start = Start(factors, seconds, evaluate(self.model, self.test))
-            self.last_start = (method, seed, start)
-        start = self.last_start[2]
-        self.set_factors(start.factors)
-        return start
+            losses = (evaluate(self.model, self.dev), evaluate(self.model, self.test))
+            self.start = Start(factors, seconds, *losses)
+            self.start_of = (method, seed)
+        self.set_factors(self.start.factors)
+        return self.start
 
     def set_factors(self, factors: dict[str, tuple[Tensor, Tensor]], step: float = 1.0) -> None:
         for name, adapter in self.adapters.items():
@@ -453,12 +465,10 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
     jobs = [Job("none", True, 0.0, 0)]
     for seed in range(args.seeds):
         for method in args.methods:
-            for freeze_A in (True, False):
+            for freeze_A in [False] if method == "full" else [True, False]:
                 for lr in args.rates:
-                    jobs.append(Job(method, freeze_A, lr, seed))
-        if not args.model:
-            for lr in args.rates:
-                jobs.append(Job("full", False, lr * FULL_RATE, seed))
+                    rate = lr * FULL_RATE if method == "full" else lr
+                    jobs.append(Job(method, freeze_A, rate, seed))
     return jobs
 
 
@@ -486,7 +496,7 @@ def compare(args: argparse.Namespace, *given: object) -> list[Run]:
     finally:
         if pool:
             pool.terminate()
-    order = ["none", *METHODS, "full"]
+    order = ["none", *METHODS]
     return sorted(runs, key=lambda run: (order.index(run.method), run.lr, run.seed))
 
 
@@ -557,16 +567,16 @@ def differences(results: Results, lr: float | None = None) -> dict[str, Differen
 
 def verdict(found: dict[str, Difference]) -> str:
     """What the intervals say, in words."""
-    groups = {"clearly below plain LoRA": [], "clearly above it": [], "not clearly different": []}
+    groups = {"Clearly below plain LoRA": [], "Clearly above it": [], "Not clearly different": []}
     for difference in found.values():
         if abs(difference.mean) <= difference.half:
-            group = "not clearly different"
+            group = "Not clearly different"
         elif difference.mean < 0:
-            group = "clearly below plain LoRA"
+            group = "Clearly below plain LoRA"
         else:
-            group = "clearly above it"
+            group = "Clearly above it"
         groups[group].append(difference.method)
-    return "; ".join(f"{group}: {', '.join(names) or 'none'}" for group, names in groups.items())
+    return " ".join(f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items())
 
 
 def print_losses(results: Results, rates: list[float]) -> None:
@@ -606,15 +616,11 @@ def print_differences(results: Results, quarter: float, gap: float | None) -> No
             won = results.best_loss("lora") - results.best_loss(method)
             line += f"{won / gap:12.0%}"
         print(line)
-    for where, found in (
-        (
-            f"With A {results.setting} and each at its best rate, plain LoRA at {4 * quarter:g}",
-            at_best,
-        ),
-        (f"With A {results.setting} and all at {quarter:g}, a quarter of that rate", at_quarter),
-    ):
-        if found:
-            print("\n" + textwrap.fill(f"{where}, {verdict(found)}.", 98))
+    best = f"A {results.setting}, each method at its best rate (plain LoRA's is {4 * quarter:g})."
+    print("\n" + textwrap.fill(f"{best} {verdict(at_best)}", 98))
+    if at_quarter:
+        same = f"A {results.setting}, all at {quarter:g}, a quarter of plain LoRA's best rate."
+        print("\n" + textwrap.fill(f"{same} {verdict(at_quarter)}", 98))
 
 
 def report(runs: list[Run], args: argparse.Namespace) -> None:
