@@ -32,7 +32,7 @@ import lora_init
 
 METHODS = ["lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora", "full"]
 PRESETS = {
-    "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 8},
+    "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 4},
     "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
 }
 BYTES_OF_TEXT = 81920  # of the language reference, held-out parts included
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--context", type=int, help="tokens of a sequence; 96 with --model")
     add("--batch", type=int, help="sequences of a batch; 2 with --model")
     add("--methods", default=",".join(METHODS), help="full trains all weights")
-    add("--rates", default="0.0025,0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of every method")
+    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of every method")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--calibration", type=int, default=4, help="batches that a start is fitted to")
     add("--preheat-steps", type=int, default=10, help="of HRP's preheating")

@@ -516,8 +516,8 @@ def cntlora(
     else:
         _check_shape("pretrain_moment", pretrain_moment, (n_in, n_in))
         Z_p = _damped(pretrain_moment, damping)
+    L = _cholesky("input_moment", Z_f)  # (in, in)
     delta = weight @ monge_map(Z_f, Z_p) - weight  # (out, in)
-    L = _cholesky("input_moment", Z_f)
     U, S, V_t = torch.linalg.svd(delta @ L, full_matrices=False)
     B = U[:, :rank] * S[:rank]
     A = torch.linalg.solve_triangular(L, V_t[:rank], upper=False, left=False)
