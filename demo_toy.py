@@ -111,7 +111,7 @@ def new_task(fast: bool) -> Scene:
     """The labels changed: y = (W + Δ)x with rank Δ = r. Z = E[x xᵀ] is known exactly.
 
     The loss ½ E‖(W + BA)x − y‖² is −log p for noise of variance 1, so that G = −ΔZ at BA = 0, and
-    Y = 1. Gradient SVD takes Z for I, and therefore −G = ΔZ for Δ.
+    Y = 1. Gradient SVD assumes that Z = I, and therefore takes −G = ΔZ for Δ.
     """
     n_out = 24
     n_in = 32
@@ -474,7 +474,7 @@ def print_scale(fast: bool) -> None:
     print(
         "Seconds in float32 with r = 8 and R = 128, and how many times as long the plain way\n"
         "takes, which forms every matrix and finds all eigenvectors or singular vectors. Up to\n"
-        "width 1024 both do the same work in lora_da; beyond, ours searches two Krylov spaces.\n\n"
+        "width 1024 both do the same work in lora_da; beyond, ours is Davidson's method.\n\n"
         "width             lora_da                 hrp             cntlora"
     )
     for width in [128, 256] if fast else [256, 512, 1024, 2048]:

@@ -2,10 +2,11 @@
 """Does a data-driven start help? LoRA on a language model, at equal cost and at every rate.
 
 By default a small transformer with bytes as tokens is pre-trained on the source of Python's
-standard library and fine-tuned on its language reference: every Python carries both. `--model`
-takes a causal language model of Hugging Face instead. All methods meet the same rates, and within
-a seed the same batches. What a start costs is taken off its training steps. Development text
-chooses the rate, test text gives the losses that are told.
+standard library and fine-tuned on Python's language reference: every Python carries both.
+`--model` takes a causal language model of Hugging Face instead. All methods are run at the same
+rates (full fine-tuning at 1/64 of them) and, for one seed, on the same batches. What a start costs
+is taken off its training steps. Development text chooses the best rate, and test text gives the
+losses that are reported.
 """
 
 import argparse
@@ -38,8 +39,8 @@ PRESETS = {
 BYTES_OF_TEXT = 81920  # of the language reference, held-out parts included
 HELD_OUT_BATCHES = 8  # at most, of development text and of test text
 CHECK_EVERY = 8  # steps between two checkpoints, where data is few
-SEARCH_STEPS = 6  # twelve forward passes choose a step; without weight gradients one is half a step
-FULL_RATE = 1 / 64  # full fine-tuning's rates, in those of LoRA
+SEARCH_STEPS = 6  # twelve forward passes choose a step; two cost about as much as one training step
+FULL_RATE = 1 / 64  # full fine-tuning takes this times LoRA's rates
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]  # df 1, 2, …
 
 
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     add("--context", type=int, help="tokens of a sequence; 96 with --model")
     add("--batch", type=int, help="sequences of a batch; 2 with --model")
     add("--methods", default=",".join(METHODS), help="full trains all weights")
-    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of every method")
+    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of LoRA; full takes 1/64")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--calibration", type=int, default=4, help="batches that a start is fitted to")
     add("--preheat-steps", type=int, default=10, help="of HRP's preheating")
@@ -208,7 +209,7 @@ def clock() -> float:
 
 
 def read_texts(args: argparse.Namespace) -> tuple[str | None, str]:
-    """The text of pre-training, which need not be known with --model, and of fine-tuning."""
+    """The texts of pre-training (None with --model, unless it is given) and of fine-tuning."""
     try:
         if args.pretrain_text:
             old = Path(args.pretrain_text).read_text(encoding="utf-8")
@@ -229,7 +230,7 @@ def read_texts(args: argparse.Namespace) -> tuple[str | None, str]:
 
 
 def split(text: str, tokenizer: object, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Tokens of blocks of 2,048 characters: of ten, 8 for training, 1 development, 1 test."""
+    """Tokens of training, development and test: 8, 1 and 1 of ten blocks of 2,048 characters."""
     parts = {"train": "", "dev": "", "test": ""}
     for i in range(0, len(text), 2048):
         part = ["train"] * 8 + ["dev", "test"]
@@ -430,7 +431,7 @@ class Experiment:
             lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
 
     def find_gradient_svd(self, batches: list[Tensor], held_out: Tensor) -> None:
-        """The best step of rank r along −G, with a search as LoRA-DA's over as many steps."""
+        """The rank-r part of −G, times the best of twelve steps, as many as LoRA-DA tries."""
         means = lora_init.collect_statistics(self.model, self.adapters, batches, loss_fn)
         r = self.args.rank
         factors = {}
@@ -548,7 +549,7 @@ class Difference:
 
 
 def differences(results: Results, lr: float | None = None) -> dict[str, Difference]:
-    """Of all methods at the rate `lr`, or each at its best one."""
+    """The differences of all methods at the rate `lr`, or of each at its best rate."""
     found = {}
     for method, row in results.cells.items():
         lora = results.cells["lora"]

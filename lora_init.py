@@ -138,7 +138,7 @@ def add_lora(
     """Wrap linear layers in `LoRALinear`, in place, and freeze everything but the adapters.
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
-    is not yet adapted. A layer that the model holds twice goes by its first name. Returns the new
+    is not yet adapted. A layer with two names in the model goes by the first. Returns the new
     adapters by name. Raises ValueError for a target that matches nothing and for a rank or alpha
     out of range, TypeError for a target that is not an `nn.Linear`; then nothing changes.
     """
@@ -277,23 +277,24 @@ def lora_da(
 
     Takes the means G (out, in), Z (in, in) and Y (out,); returns B (out, r) and A (r, in), AAᵀ = I.
     `n_train` is the number N of different rows that fine-tuning will see. `variance` weighs the
-    first term of Ω below. The theory's 1 takes Δ for known; where G comes from the same N rows, 2
-    makes Ω unbiased.
+    first term of Ω below. The theory's weight 1 assumes that Δ is known; where G comes from the
+    same N rows, weight 2 makes Ω unbiased.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
-       likelihood fit of all of W on N independent rows, whose inputs are given. It is unbiased with
-       the covariance J⁻¹/N, the least of any unbiased estimate (Cramér–Rao); J is the Fisher
-       information of a row, averaged over these inputs. This is exact in linear regression with
-       Gaussian noise. For other models that hold the truth it is the limit for large N.
+       likelihood estimate of Δ, with all of W free, from N independent rows with given inputs. It
+       is unbiased with the covariance J⁻¹/N, the least of any unbiased estimate (Cramér–Rao); J is
+       the Fisher information of a row, averaged over these inputs. This is exact in linear
+       regression with Gaussian noise. For other models that hold the truth it is the limit for
+       large N.
 
     2. What is J? Lay the rows of W end to end. The gradient of one row, g xᵀ, becomes g ⊗ x. At the
        truth its mean over labels is 0, so that J = E[ggᵀ ⊗ xxᵀ]. K-FAC [5] treats g and x as
        independent, and of E[ggᵀ] we keep the diagonal: J = diag(Y) ⊗ Z. Then row i of Δ̂ has the
-       covariance Z⁻¹/(N·Yᵢ). The paper has (E[ggᵀ]⁻¹)ᵢᵢ in place of 1/Yᵢ, which is never less; its
+       covariance Z⁻¹/(N·Yᵢ). In place of 1/Yᵢ the paper has (E[ggᵀ]⁻¹)ᵢᵢ, which is never less; its
        authors' default code has 1/Yᵢ, as we do. Tokens of one sequence are not independent rows,
        and we treat them as if they were.
 
-    3. Which A? Keep of the fit what lies within A, where AAᵀ = I: Ŵ = W + Δ̂AᵀA. Its error in W is
+    3. Which A? Let AAᵀ = I, and keep the part of Δ̂ in A's row space: Ŵ = W + Δ̂AᵀA. Its error is
            Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA).
        The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0, so that
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
@@ -303,19 +304,20 @@ def lora_da(
 
     4. Which Δ, and which B? Take one natural-gradient step, J vec Δ = −vec G. On a quadratic loss
        with the Hessian J it ends at the minimum, so that it estimates the unknown Δ. As
-       J vec Δ = vec(diag(Y)ΔZ), it is Δ = −diag(Y)⁻¹ G Z⁻¹. The fit within A is ΔAᵀA: B = ΔAᵀ.
+       J vec Δ = vec(diag(Y)ΔZ), the step is Δ = −diag(Y)⁻¹ G Z⁻¹. Its part within A is ΔAᵀA, so
+       that B = ΔAᵀ.
 
     A frozen. The paper fits B alone. Given the inputs, row i of that fit has the covariance
     (AZAᵀ)⁻¹/(N·Yᵢ). This is no more than Ω counts, (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ, as the inverse of a block is
-    at most the block of the inverse (M ⪯ N: N − M has no negative eigenvalue). The bias is no less,
-    as B = ΔAᵀ has the least. So another A can be better for that fit. Where inputs are random, the
+    at most the block of the inverse (P ⪯ Q: Q − P has no negative eigenvalue). The bias is no less,
+    as no B has less than ΔAᵀ. So another A can be better for that fit. Where inputs are random, the
     part of Δx outside A acts as noise, too, and can exceed all that Ω counts.
 
     Guarantee: with `variance=0` and `damping=0`, on a quadratic loss with the Hessian diag(Y) ⊗ Z,
     Δ is the true one, and BA = Δ if rank Δ ≤ r. In regression with noise ε of variance σ² this
-    needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², also holds
-    the signal: it divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r.
-    Several layers that each take the whole step can overshoot: see `init_lora_da`.
+    needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², also
+    contains the signal: this divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where
+    rank Δ = r. Several layers that each take the whole step can overshoot: see `init_lora_da`.
 
     A zero gradient gives B = 0 and, if variance > 0, the A of least variance. Raises ValueError for
     tensors that do not fit or are not finite, for numbers out of range, and for moments on which
@@ -368,8 +370,9 @@ def _lowest_eigenvectors(
     A full `eigh` finds them up to n = 1024. For wider layers this is Davidson's method [6]. Keep a
     basis, find the lowest vectors V of Ω within it (Rayleigh–Ritz), and add to it what they still
     lack: their residual ΩV − VΘ, multiplied by Z. Multiplying by Z undoes the noise term's Z⁻¹, so
-    that twelve rounds are enough in the tests: tr(VᵀΩV) comes within 1 % of ‖Δ‖² + |least|. This is
-    not proved, and float32 allows no better where Z is nearly singular and not damped.
+    that twelve rounds are enough in the tests: tr(VᵀΩV) exceeds its least value by at most 1 % of
+    ‖Δ‖² + |least|. This is not proved, and rounding in float32 can make it worse where Z is nearly
+    singular and not damped.
     """
     n = len(Z)
     width = rank + 8  # columns of a block: more than wanted, which helps the last ones
@@ -418,14 +421,15 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
        until it converges; a few Adam steps only come nearer to it. Then the normal equations
        (D − B_high·A_high)·A_highᵀ = 0 hold, and B_high·A_high = DP, where P projects on the rows of
        A_high. For every A within their span ‖DPAᵀ‖ = ‖DAᵀ‖, so that the product's top r right
-       singular vectors are the best A within it.
+       singular vectors are the best A within that span.
 
     3. Why at a high rank? A span that contains another one holds an A that is as good or better.
        With R = in it holds the best of all. Two random spans do not contain each other, so that a
        higher rank helps on average, not in every draw.
 
     4. How, without forming the product? Let A_highᵀ = Q T, with T triangular. The product is
-       (B_high Tᵀ) Qᵀ. If B_high Tᵀ = U Σ Vᵀ, its right singular vectors are the columns of Q V.
+       (B_high Tᵀ) Qᵀ. If B_high Tᵀ = U Σ Vᵀ, the product's right singular vectors are the columns
+       of Q V.
 
     B = 0 is our reading of the paper's words that only the direction is modified. Cost:
     O((out + in)·R²). Raises ValueError for factors that do not fit or are not finite, and for a
@@ -458,7 +462,7 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
        With L_pᵀL_f = U Σ Vᵀ it is tr(Q L_fᵀL_p) = tr(Q V Σ Uᵀ) = tr(Σ·UᵀQV). As the diagonal of an
        orthogonal matrix is at most 1, no Q gives more than Q = U Vᵀ (Procrustes).
     3. What is that map? L_p = L_f⁻ᵀ V Σ Uᵀ, so T = L_f⁻ᵀ V Σ Vᵀ L_f⁻¹ is symmetric and positive
-       definite. No other map with T Z_f Tᵀ = Z_p is: for a symmetric, positive definite T,
+       definite. No other map with T Z_f Tᵀ = Z_p is both: for a symmetric, positive definite T,
        L_fᵀL_p = (L_fᵀ T L_f) Qᵀ is a polar decomposition, and an invertible matrix has only one.
 
     Raises ValueError unless both moments are positive definite to Cholesky's factorization.
@@ -495,8 +499,8 @@ def cntlora(
        pre-training inputs: (W + ΔW) Z_f (W + ΔW)ᵀ = W Z_p Wᵀ.
     2. Inputs: look for W + ΔW in the form W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take
        the one that moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
-    3. Without Z_p: take pre-training inputs for white and as large, Z_p = mean(diag Z_f)·I. Then
-       T ∝ Z_f^−½, which also whitens what never shifted.
+    3. Without Z_p: assume that pre-training inputs were white and as large as the new ones,
+       Z_p = mean(diag Z_f)·I. Then T ∝ Z_f^−½, which also whitens what never shifted.
     4. Rank r: let L Lᵀ = Z_f and ΔW L = U Σ Vᵀ. Then E‖(ΔW − BA)x‖² = ‖(ΔW − BA)L‖² is least for
        B = U_r Σ_r and A = V_rᵀ L⁻¹ (Eckart–Young). With Σ^½ in both factors, ΔW = 0 would make both
        of them 0. There both gradients, GAᵀ and BᵀG, vanish, and training could not start.
@@ -504,8 +508,8 @@ def cntlora(
     Guarantee, for the damped moments: A Z_f Aᵀ = I; the moments of Wx match at r = min(in, out);
     Z_p = Z_f gives ΔW = 0 up to rounding, and an A without a meaning. With `damping=0` and Z_p
     given, a shift x_f = S x_p is undone exactly, T = S⁻¹, if S is symmetric positive definite and
-    rank(S − I) ≤ r. Damping undoes less of it. A rotation of white inputs leaves no trace in the
-    moments and is not seen. Labels are never looked at. Raises ValueError as `lora_da` does.
+    rank(S − I) ≤ r. With damping, less of it is undone. A rotation of white inputs leaves no trace
+    in the moments and is not seen. Labels are never looked at. Raises ValueError as `lora_da` does.
     """
     n_out, n_in = weight.shape
     _check_rank(rank, n_out, n_in)
@@ -525,12 +529,12 @@ def cntlora(
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
-    """Ranks {name: r ≥ 1} that sum to `budget` and leave the least squares out of all spectra.
+    """Ranks {name: r ≥ 1} of sum `budget`: the squares of the values left out have the least sum.
 
     `spectra` holds the singular values of each layer, largest first; for CNTLoRA these are the
-    norms of B's columns. Each layer gets one rank, and the rest go to the largest values there are:
-    as a spectrum falls, they are the next ones of their layers. Raises ValueError for NaN or Inf
-    and for a budget out of range.
+    norms of B's columns. Each layer gets one rank, and the rest go to the largest values left over.
+    As each spectrum falls, these are always the next ones of their layers. Raises ValueError for
+    NaN or Inf and for a budget out of range.
     """
     for name, spectrum in spectra.items():
         _check_finite(f"the spectrum of layer '{name}'", spectrum)
@@ -640,11 +644,11 @@ def collect_statistics(
     """The `Statistics` of linear layers of the model, in eval mode and with our adapters off.
 
     `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`;
-    PEFT's stay on. One forward and one backward pass a batch, in which no weight needs a gradient;
-    with `backward=False` forward passes alone, in which `loss_fn` may return anything. Memory:
-    in² + out·in + out numbers a layer and, during a batch, the inputs of all these layers. With
-    torch.distributed every process passes batches of its own and gets the means over all; an error
-    in one of them leaves the others waiting.
+    PEFT's stay on. A batch takes one forward and one backward pass, in which no weight needs a
+    gradient; with `backward=False` it takes a forward pass alone, and `loss_fn` may return
+    anything. Memory: in² + out·in + out numbers a layer and, during a batch, the inputs of all
+    these layers. With torch.distributed every process passes batches of its own and gets the means
+    over all; an error in one of them leaves the others waiting.
 
     `loss_fn(model, batch)` has to call the model that it is given, which is a twin of yours, and
     must leave the batch as it was. Its value is the MEAN of −log p over the rows: a row's g is then
@@ -654,8 +658,8 @@ def collect_statistics(
     - a layer that is called twice has twice the rows, and half of ∂loss/∂W as its G;
     - layers that see a part of the rows (experts, chunks) are not supported, and this is not
       noticed: their step comes out too long;
-    - where the loss averages sequences of T tokens, and not tokens, Y is too large and a Newton
-      step too short, by about T if the tokens are independent;
+    - where the loss is a mean over sequences of T tokens, not over tokens, Y is too large and the
+      step too short, by a factor of about T if the tokens are independent;
     - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
       tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
       `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
@@ -695,7 +699,7 @@ def _twin(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Module, di
     gradients, new hooks and new factors live and die with it: the model has nothing to undo.
     """
     factors = _factors(model)
-    shared = {}  # what deepcopy finds in here it takes for copied
+    shared = {}  # deepcopy takes everything in here as already copied
     for parameter in model.parameters():
         if parameter not in factors:
             if parameter.requires_grad:
@@ -750,8 +754,8 @@ def init_lora_da(
     different rows that fine-tuning will see, which are tokens in a language model; left out, it is
     the number seen here. An endless stream of batches needs `itertools.islice`.
 
-    ΔW is `step`·BA of `lora_da`: 1 is the theory's step for a single layer, 0 keeps the directions
-    A alone. With `step=None` the LAST batch is held out from the fit, and of 0, 4⁻⁸ … 4² it chooses
+    ΔW is `step`·BA of `lora_da`: 1 is the theory's step for a single layer, 0 keeps A's directions
+    alone. With `step=None` the LAST batch is held out from the fit, and of 0, 4⁻⁸ … 4² it chooses
     the step with the least loss, in eval mode and under one state of torch's random numbers. A
     small last batch chooses badly, and of two batches it is half the data.
 
