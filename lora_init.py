@@ -599,10 +599,10 @@ class Statistics:
         with torch.autocast(x.device.type, enabled=False):
             rows = self._rows(x)  # (rows, in)
             self.count += len(rows)
-            self.input_moment += rows.mT @ rows
+            self.input_moment.addmm_(rows.mT, rows)  # += xᵀx
             if g is not None:
                 g = self._rows(g) * len(rows)  # (rows, out); the loss is the rows' mean
-                self.gradient += g.mT @ rows
+                self.gradient.addmm_(g.mT, rows)  # += gᵀx
                 self.output_fisher += g.square().sum(dim=0)
 
     def _rows(self, x: Tensor) -> Tensor:
