@@ -173,8 +173,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Linear]:
     """The linear layers that `targets` name and that are not yet adapted."""
-    adapted = {layer.base_layer for layer in lora_layers(model).values()}
-    modules = {name: m for name, m in model.named_modules() if name and m not in adapted}
+    whole = [m for m in model.modules() if isinstance(m, (nn.Linear, LoRALinear))]
+    parts = {part for m in whole for part in m.modules() if part is not m}
+    modules = {name: m for name, m in model.named_modules() if name and m not in parts}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     found = {}
     if targets is None:

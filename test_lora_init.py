@@ -929,6 +929,12 @@ def test_every_linear_layer_means_linear_layers_alone():
     assert set(add_lora(model, 2)) == {"proj"}
 
 
+def test_the_parts_of_a_layer_are_no_targets():
+    """A parametrized layer "0" holds modules whose names end in ".0", too."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert set(add_lora(model, 2, targets=["0"])) == {"0"}
+
+
 def test_only_the_adapters_factors_train_whatever_the_names():
     model = nn.ModuleDict({"lora_model": nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))})
     add_lora(model, 2)
