@@ -231,16 +231,20 @@ def read_texts(args: argparse.Namespace) -> tuple[str | None, str]:
 
 def split(text: str, tokenizer: object, args: argparse.Namespace) -> dict[str, Tensor]:
     """Tokens of training, development and test: 8, 1 and 1 of ten blocks of 2,048 characters."""
-    parts = {"train": "", "dev": "", "test": ""}
-    for i in range(0, len(text), 2048):
-        part = ["train"] * 8 + ["dev", "test"]
-        parts[part[i // 2048 % 10]] += text[i : i + 2048]
+    blocks = [text[i : i + 2048] for i in range(0, len(text), 2048)]
+    parts = {
+        "train": "".join(block for i, block in enumerate(blocks) if i % 10 < 8),
+        "dev": "".join(blocks[8::10]),
+        "test": "".join(blocks[9::10]),
+    }
     tokens = {}
     for name, part in parts.items():
-        ids = tokenizer(part)["input_ids"] if tokenizer else list(part.encode())
-        if len(ids) < 2 * args.context:
-            sys.exit(f"the {name} part of a text has {len(ids)} tokens; give a longer text")
-        tokens[name] = torch.tensor(ids)
+        if tokenizer:
+            tokens[name] = torch.tensor(tokenizer(part)["input_ids"])
+        else:
+            tokens[name] = torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8).long()
+        if len(tokens[name]) < 2 * args.context:
+            sys.exit(f"the {name} part of a text has {len(tokens[name])} tokens: give more text")
     return tokens
 
 
@@ -576,7 +580,7 @@ def verdict(found: dict[str, Difference]) -> str:
             group = "Clearly below plain LoRA"
         else:
             group = "Clearly above it"
-        groups[group].append(difference.method)
+        groups[group].append(f"{difference.method} ({difference.cost_steps} steps)")
     return " ".join(f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items())
 
 
@@ -637,7 +641,9 @@ def report(runs: list[Run], args: argparse.Namespace) -> None:
         if "lora" in results.cells:
             quarter = best_rate(results.cells["lora"]) / 4
             print_differences(results, quarter, gap if results is frozen else None)
-    print("\ncost: training steps taken off for the start; clock: what the start took here")
+    print(
+        "\ncost, also in brackets: steps taken off for the start; clock: what the start took here"
+    )
     if gap:
         print(f"gap closed: of the {gap:.4f} between plain LoRA with A frozen and with A trained")
 
@@ -673,24 +679,30 @@ def plot(runs: list[Run], file: str) -> None:
     figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
 
 
-def main() -> None:
-    args = parse_args()
-    old_text, new_text = read_texts(args)
-    print(
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
-        f"{args.processes} processes, seeds 0..{args.seeds - 1}",
-        flush=True,
-    )
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor | None, dict[str, Tensor]]:
+    """The model, the old text's tokens, and the new text's."""
     tokenizer = None
+    old_text, new_text = read_texts(args)
     if args.model:
         model, tokenizer = load_hugging_face(args)
     old = None if old_text is None else split(old_text, tokenizer, args)["train"]
     new = split(new_text, tokenizer, args)
     if not args.model:
-        try:
-            model = pretrained(args, old)
-        except KeyboardInterrupt:
-            sys.exit("\ninterrupted during pre-training: there is nothing to compare yet")
+        model = pretrained(args, old)
+    return model, old, new
+
+
+def main() -> None:
+    args = parse_args()
+    print(
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
+        f"{args.processes} processes, seeds 0..{args.seeds - 1}",
+        flush=True,
+    )
+    try:
+        model, old, new = prepare(args)
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted before the first run: there is nothing to compare yet")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"\n{parameters:,} parameters, adapters of rank {args.rank} on {','.join(args.targets)}; "
