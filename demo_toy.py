@@ -19,6 +19,9 @@ from torch import Tensor, linalg
 
 from lora_init import cntlora, hrp, lora_da
 
+# The colors of demo_transformer.py.
+COLORS = {"plain LoRA": "black", "gradient SVD": "C2", "LoRA-DA": "C3", "HRP": "C4"}
+
 
 @dataclass
 class Scene:
@@ -221,8 +224,8 @@ def few_noisy_rows(fast: bool) -> Scene:
         title="Few, noisy rows",
         setting=(
             "Bias against variance: the error of LoRA-DA's A by the weight of its variance term, "
-            f"where B is fitted to N rows by least squares. Rank Δ = {r}, noise σ = {sigma}, means "
-            f"of {draws} draws."
+            "where B is fitted to the N rows by least squares, as the paper fits it. "
+            f"Rank Δ = {r}, noise σ = {sigma}, means of {draws} draws."
         ),
         sentence=(
             f"With N = {listed(counts)} rows, the theory's weight 1 makes {listed(ratios)} of the "
@@ -304,7 +307,7 @@ def new_domain(fast: bool) -> Scene:
     n_out = 24
     n_in = 32
     shift_rank = 4
-    ranks = [1, 2, 4, 8, 16]
+    ranks = [1, 2, 3, 4, 8, 16]
     draws = 2 if fast else 20
 
     W = torch.randn(draws, n_out, n_in)
@@ -328,8 +331,8 @@ def new_domain(fast: bool) -> Scene:
     unknown = [None] * draws
     rows = {
         "Z_p known": errors(Z, given=Z),
-        "Z_p assumed white (false)": errors(Z, given=unknown),
-        "Z_p assumed white (true)": errors(identity, given=unknown),
+        "Z_p wrongly assumed white": errors(Z, given=unknown),
+        "Z_p rightly assumed white": errors(identity, given=unknown),
     }
 
     table = means(rows)
@@ -349,9 +352,9 @@ def new_domain(fast: bool) -> Scene:
         sentence=(
             f"With Z_p known, rank {shift_rank}, which is that of S − I, undoes the shift: it "
             f"leaves {known:.0e}. With Z_p assumed white, rank hurts beyond the best one. Where "
-            f"x_p is not white, the best rank is {best(table['Z_p assumed white (false)'])}; "
+            f"x_p is not white, the best rank is {best(table['Z_p wrongly assumed white'])}; "
             "where it is white and only its size is unknown, the best rank is "
-            f"{best(table['Z_p assumed white (true)'])}."
+            f"{best(table['Z_p rightly assumed white'])}."
         ),
         x_label="rank r",
         y_label="error, relative to no adapter",
@@ -404,7 +407,7 @@ def plot_scene(panel: Any, scene: Scene) -> None:
             yerr=2 * values.std(dim=0) / math.sqrt(draws),
             errorevery=max(1, points // 4),
             marker=None if scene.lines else ".",
-            color="black" if name == "plain LoRA" else None,
+            color=COLORS.get(name),
             label=name,
         )
     panel.axhline(scene.no_adapter, color="gray", linestyle="--", label="no adapter")

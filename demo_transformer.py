@@ -41,7 +41,18 @@ HELD_OUT_BATCHES = 8  # at most, of development text and of test text
 CHECK_EVERY = 8  # steps between two checkpoints, where data is few
 SEARCH_STEPS = 6  # twelve forward passes choose a step; two cost about as much as one training step
 FULL_RATE = 1 / 64  # full fine-tuning takes this times LoRA's rates
-T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]  # df 1, 2, …
+T_95 = {  # Student's t for a 95 % interval, by the number of seeds
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+    11: 2.228,
+    12: 2.201,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,8 +112,8 @@ def parse_args() -> argparse.Namespace:
 
     if not set(args.methods) <= set(METHODS):
         parser.error(f"--methods are some of {','.join(METHODS)}")
-    if not 1 <= args.seeds <= len(T_95) + 1:
-        parser.error(f"--seeds is not in 1..{len(T_95) + 1}")
+    if not 1 <= args.seeds <= max(T_95):
+        parser.error(f"--seeds is not in 1..{max(T_95)}")
     if max(cost_steps(method, args) for method in args.methods) >= args.steps:
         parser.error("a start costs more than --steps: give more, or less --calibration")
     if args.train_batches is not None and args.train_batches <= args.calibration:
@@ -184,8 +195,10 @@ def evaluate(model: nn.Module, batches: list[Tensor]) -> float:
     return statistics.fmean(loss_fn(model, batch).item() for batch in batches)
 
 
-def train(model: nn.Module, batches: list[Tensor], lr: float, warmup: int = 0) -> Iterator[float]:
-    """Adam, with a rate that falls linearly to 0; yields the seconds of each step."""
+def training_steps(
+    model: nn.Module, batches: list[Tensor], lr: float, warmup: int = 0
+) -> Iterator[float]:
+    """Train by Adam, with a rate that falls linearly to 0, and yield the seconds of each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained)
     for step, batch in enumerate(batches):
@@ -274,7 +287,7 @@ def pretrained(args: argparse.Namespace, tokens: Tensor) -> Transformer:
     model = Transformer(args.width, args.layers, args.heads, args.context).to(args.device)
     batches = draw(tokens, args.pretrain_steps, 0, args)
     progress = Progress(len(batches))
-    for _ in train(model, batches, 3e-3, warmup=100):
+    for _ in training_steps(model, batches, 3e-3, warmup=100):
         progress.advance("pre-training, the comparison comes after it")
     return model.eval()
 
@@ -372,7 +385,7 @@ class Experiment:
         loss_dev = start.loss_dev
         loss_test = start.loss_test
         times = []
-        for seconds in train(model, batches, job.lr):
+        for seconds in training_steps(model, batches, job.lr):
             times.append(seconds)
             at_end = len(times) == len(batches)
             if at_end or (few_data and len(times) % CHECK_EVERY == 0):
@@ -424,7 +437,8 @@ class Experiment:
         elif method == "gradient_svd":
             self.find_gradient_svd(look[:-1], look[-1])
         elif method == "lora_da":
-            n_train = len(batches) * batches[0][:, 1:].numel()
+            different = batches[: args.train_batches]
+            n_train = len(different) * batches[0][:, 1:].numel()
             lora_init.init_lora_da(
                 self.model, look, loss_fn, n_train=n_train, variance=args.variance
             )
@@ -435,7 +449,10 @@ class Experiment:
             lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
 
     def find_gradient_svd(self, batches: list[Tensor], held_out: Tensor) -> None:
-        """The rank-r part of −G, times the best of twelve steps, as many as LoRA-DA tries."""
+        """The rank-r part of −G, times the best of twelve steps, as many as LoRA-DA tries.
+
+        −G has not been divided by a curvature, so that its steps are longer.
+        """
         means = lora_init.collect_statistics(self.model, self.adapters, batches, loss_fn)
         r = self.args.rank
         factors = {}
@@ -563,8 +580,8 @@ def differences(results: Results, lr: float | None = None) -> dict[str, Differen
         if method == "lora" or not gaps:
             continue
         half = math.inf  # one or two seeds prove nothing
-        if len(gaps) > 2:
-            half = T_95[len(gaps) - 2] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        if len(gaps) in T_95:
+            half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
         cost = next(iter(ours.values())).cost_steps
         found[method] = Difference(method, statistics.fmean(gaps), half, cost)
     return found
