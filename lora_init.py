@@ -145,9 +145,10 @@ def add_lora(
     """Wrap linear layers in `LoRALinear`, in place, and freeze everything but the adapters.
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
-    is not yet adapted. A layer with two names in the model goes by the first. Returns the new
-    adapters by name. Raises ValueError for a target that matches nothing and for a rank or alpha
-    out of range, TypeError for a target that is not an `nn.Linear`; then nothing changes.
+    is not yet adapted, be it by PEFT. A layer with two names in the model goes by the first.
+    Returns the new adapters by name. Raises ValueError for a target that matches nothing and for a
+    rank or alpha out of range, TypeError for a target that is not an `nn.Linear`; then nothing
+    changes.
     """
     linears = _find_linears(model, targets)
     for name, linear in linears.items():
@@ -180,8 +181,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Linear]:
     """The linear layers that `targets` name and that are not yet adapted."""
-    whole = [m for m in model.modules() if isinstance(m, (nn.Linear, LoRALinear))]
-    parts = {part for m in whole for part in m.modules() if part is not m}  # a base_layer, say
+    whole = [m for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "base_layer")]
+    parts = {part for m in whole for part in m.modules() if part is not m}  # of adapters, say
     modules = {name: m for name, m in model.named_modules() if name and m not in parts}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     if targets is None:
@@ -861,6 +862,10 @@ def init_cntlora(
     quantized is a TypeError.
     """
     adapters = _adapters(model)
+    weights = {}
+    for name, layer in adapters.items():
+        with _naming(name):
+            weights[name] = layer.base_weight  # a quantized one is refused before any work
     batches, held_out = _hold_out(batches, step)
     sources = [batches]
     if pretrain_batches is not None:
@@ -878,7 +883,7 @@ def init_cntlora(
                 rank = min(layer.in_features, layer.out_features)
             moments = [statistics[name].input_moment for statistics in passes]
             with _naming(name):
-                factors[name] = cntlora(layer.base_weight, *moments, rank=rank, damping=damping)
+                factors[name] = cntlora(weights[name], *moments, rank=rank, damping=damping)
     if rank_budget is not None:
         spectra = {name: B.norm(dim=0) for name, (B, _) in factors.items()}
         for name, rank in allocate_ranks(spectra, rank_budget).items():

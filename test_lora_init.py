@@ -952,9 +952,12 @@ def test_every_linear_layer_means_linear_layers_alone():
 
 
 def test_the_parts_of_a_layer_are_no_targets():
-    """A parametrized layer "0" holds modules whose names end in ".0", too."""
+    """A parametrized layer "0" holds modules named "….0"; an adapter of PEFT's holds three."""
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     assert set(add_lora(model, 2, targets=["0"])) == {"0"}
+    theirs = nn.ModuleDict({"base_layer": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2)})
+    model = nn.ModuleDict({"q": theirs, "k": nn.Linear(4, 4)})
+    assert set(add_lora(model, 2)) == {"k"}
 
 
 def test_only_the_adapters_factors_train_whatever_the_names():
@@ -1994,9 +1997,11 @@ def test_a_four_bit_layer_is_fitted_and_what_needs_its_weight_is_refused():
     before = mean_loss(model, batches[1]).item()
 
     def sharing_loss(twin, batch):
+        twin.train()  # in eval mode, on a CPU, bitsandbytes repacks the weight
         assert twin[0].base_layer.weight is weight
         return mean_loss(twin, batch)
 
+    bits = weight.detach().clone()
     add_lora(model, 2)
     init_hrp(model, batches, sharing_loss)
     assert orthonormal(model[0].lora_A, 1e-5)
@@ -2004,6 +2009,7 @@ def test_a_four_bit_layer_is_fitted_and_what_needs_its_weight_is_refused():
     assert model[0].lora_B.any()
     assert mean_loss(model, batches[1]) < before
     assert model[0].base_layer.weight is weight
+    assert torch.equal(weight, bits)
     state = snapshot(model)
     with pytest.raises(TypeError, match="Linear4bit holds a quantized torch.uint8 weight"):
         _ = model[0].weight
