@@ -335,11 +335,11 @@ def lora_da(
     Δx outside A varies like noise, and can exceed all that Ω counts.
 
     Guarantee: with `variance=0` and `damping=0`, on a quadratic loss with the Hessian diag(Y) ⊗ Z,
-    Δ is the true one, and BA = Δ if rank Δ ≤ r (in wide layers as nearly as A is found, see
-    `_lowest_eigenvectors`). In regression with noise ε of variance σ² this
-    needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², also
-    contains the signal: this divides row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where
-    rank Δ = r. Several layers that each take the whole step can overshoot: see `init_lora_da`.
+    Δ is the true one, and BA = Δ if rank Δ ≤ r (in wide layers as nearly as `_lowest_eigenvectors`
+    finds A). In regression with noise ε of variance σ² this needs Yᵢ = 1/σ². A measured
+    Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², also contains the signal: this divides
+    row i of Δ by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r. Several layers that each
+    take the whole step can overshoot: see `init_lora_da`.
 
     The authors' code has other scales: it divides Δ by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
@@ -687,12 +687,12 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """The `Statistics` of linear layers of the model, in eval mode and with our adapters off.
 
-    `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`;
-    PEFT's stay on. A batch takes one forward and one backward pass, in which no weight needs a
-    gradient; with `backward=False` it takes a forward pass alone, and `loss_fn` may return
-    anything. Memory: in² + out·in + out numbers a layer and, during a batch, the inputs of all
-    these layers. With torch.distributed every process passes batches of its own and gets the means
-    over all; an error in one of them leaves the others waiting.
+    `layers` are plain linear layers, called with a positional input, or adapters (ours, PEFT's)
+    that hold one as `base_layer`; PEFT's stay on. A batch takes one forward and one backward pass,
+    in which no weight needs a gradient; with `backward=False` it takes a forward pass alone, and
+    `loss_fn` may return anything. Memory: in² + out·in + out numbers a layer and, during a batch,
+    the inputs of all these layers. With torch.distributed every process passes batches of its own
+    and gets the means over all; an error in one of them leaves the others waiting.
 
     `loss_fn(model, batch)` has to call the model that it is given, a twin of yours that shares its
     weights, and must leave the batch as it was. The twin is a deep copy, which the model has to
