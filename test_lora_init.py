@@ -883,6 +883,8 @@ def test_factors_keep_their_parameters_and_a_misfit_changes_nothing():
     assert torch.equal(layer.lora_A, torch.ones(1, 4))
     assert not layer.lora_A.requires_grad
     assert layer.lora_B.requires_grad
+    with pytest.raises(ValueError, match="rank 4 is not a whole number in"):
+        LoRALinear(nn.Linear(4, 3), 4)
     before = snapshot(layer)
     misfits = [
         (torch.ones(3, 2), torch.ones(1, 4), r"B has shape \(3, 2\), expected \(3, 1\)"),
@@ -1633,6 +1635,7 @@ HUGE = [(1e200 * X, LABELS)]
     [
         (init_lora_da, {"n_train": 0}, "layer 'q': n_train 0"),
         (init_lora_da, {"step": math.nan}, "step nan is not in"),
+        (init_lora_da, {"step": math.inf}, "step inf is not in"),
         (init_cntlora, {"step": -1}, "step -1 is not in"),
         (init_lora_da, {"batches": []}, "holds the last batch out, and there are 0 batches"),
         (init_lora_da, {"batches": [], "step": 1}, "layer 'q': no row reached it"),
