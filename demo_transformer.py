@@ -76,7 +76,6 @@ def parse_args() -> argparse.Namespace:
     add("--calibration", type=int, default=4, help="batches that a start is fitted to")
     add("--preheat-steps", type=int, default=10, help="of HRP's preheating")
     add("--preheat-lr", type=float, default=0.01, help="rate of HRP's preheating")
-    add("--variance", type=float, default=1.0, help="weight of LoRA-DA's variance term")
     add("--train-batches", type=int, help="few data: so many batches, repeated over and over")
     add("--pretrain-steps", type=int, default=1500, help="of the preset's model")
     add("--pretrain-text", help="text file instead of the standard library's source")
@@ -439,9 +438,7 @@ class Experiment:
         elif method == "lora_da":
             different = batches[: args.train_batches]
             n_train = len(different) * batches[0][:, 1:].numel()
-            lora_init.init_lora_da(
-                self.model, look, loss_fn, n_train=n_train, variance=args.variance
-            )
+            lora_init.init_lora_da(self.model, look, loss_fn, n_train=n_train)
         elif method == "hrp":
             preheat = batches[: args.preheat_steps]
             lora_init.init_hrp(self.model, preheat, loss_fn, lr=args.preheat_lr, seed=seed)
