@@ -1008,9 +1008,7 @@ def _best_step(
 ) -> float:
     """The t among 0, 4⁻⁸ … 4² with the least loss on the batch, where ΔW = t·BA."""
     twin, layers = _twin(model, lora_layers(model))
-    for name, layer in layers.items():
-        with _naming(name):
-            layer.set_factors(*factors[name])
+    _set_all_factors(twin, factors)
     losses = {}
     for t in [0.0] + [4.0**k for k in range(-8, 3)]:
         for layer in layers.values():

@@ -441,6 +441,19 @@ def test_wide_layers_come_within_one_per_cent_of_the_least_objective(spectrum, d
     assert lost <= 0.01 * (squared(delta) + abs(least))
 
 
+def test_wide_layers_of_a_high_rank_are_exact():
+    """Where Davidson's basis would fill half of the space, all eigenvectors are found."""
+    random = np.random.default_rng(0)
+    Z = WIDE_SPECTRA["1/k"]
+    noise = 1 / Z
+    delta = 0.03 * random.standard_normal((100, WIDTH)) * np.sqrt(noise.mean())
+    _, A = compute(lora_da, -delta * Z, np.diag(Z), np.ones(100), 100, 100, damping=0)
+    omega = np.diag(noise) - delta.T @ delta
+    least = np.linalg.eigvalsh(omega)[:100].sum()
+    assert orthonormal(A)
+    assert np.trace(A @ omega @ A.T) == pytest.approx(least, rel=1e-9)
+
+
 @pytest.mark.parametrize("rank", [1, 20, 100])
 def test_wide_layers_reach_the_target_in_one_step(rank):
     """BA = Δ also where Davidson's method finds A, and where its basis would be too wide for it."""
@@ -876,11 +889,14 @@ def test_factors_keep_their_parameters_and_a_misfit_changes_nothing():
     parameters = [layer.lora_A, layer.lora_B]
     layer.lora_A.requires_grad_(False)
     A = torch.ones(1, 4)
-    layer.set_factors(torch.ones(3, 1), A)
+    B = torch.ones(3, 1)
+    layer.set_factors(B, A)
     A.zero_()
+    B.zero_()
     assert layer.lora_A is parameters[0]
     assert layer.lora_B is parameters[1]
     assert torch.equal(layer.lora_A, torch.ones(1, 4))
+    assert torch.equal(layer.lora_B, torch.ones(3, 1))
     assert not layer.lora_A.requires_grad
     assert layer.lora_B.requires_grad
     with pytest.raises(ValueError, match="rank 4 is not a whole number in"):
@@ -1715,11 +1731,13 @@ def test_a_start_changes_the_factors_alone(init):
     """Base weights keep their bits; all else stays, too. The twin shares the base weights."""
     model = net_in_training()
     before = snapshot(model)
-    weight = model.q.base_layer.weight
 
     def sharing_loss(twin, batch):
         assert twin is not model
-        assert twin.q.base_layer.weight.data_ptr() == weight.data_ptr()
+        for name in ("q.base_layer.weight", "norm.weight"):  # frozen, and trained by the caller
+            shared = twin.get_parameter(name)
+            assert shared.data_ptr() == model.get_parameter(name).data_ptr()
+            assert not shared.requires_grad
         return mean_loss(twin, batch)
 
     init(model, batches_of(5, 4), sharing_loss)
@@ -1763,12 +1781,15 @@ def test_any_number_of_layers_a_pass_gives_the_same_bits(init, monkeypatch):
 
     monkeypatch.setattr(lora_init, "collect_statistics", counting_collect)
     results = []
+    totals = set()
     for layers_per_pass, most in ((None, 4), (1, 1), (3, 3), (99, 4)):
         model = adapted_net()
         sizes.clear()
         init(model, iter(batches_of(6, 6)), mean_loss, layers_per_pass=layers_per_pass)
         results.append(values(model))
+        totals.add(sum(sizes))
         assert max(sizes) == most
+        assert len(totals) == 1  # every layer is fitted once, whatever the groups
         assert same_bits(results[0], results[-1])
 
 
