@@ -104,11 +104,11 @@ class LoRALinear(nn.Module):
 
         Raises ValueError for factors that do not fit or that hold NaN or Inf.
         """
-        B, A = self._fitting(B, A)
+        B, A = self._checked_copies(B, A)
         self.lora_A.data = A
         self.lora_B.data = B
 
-    def _fitting(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked_copies(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of B and A in the adapter's dtype and on its device, if they fit."""
         _check_shape("A", A, (len(A), self.in_features))
         _check_shape("B", B, (self.out_features, len(A)))
@@ -145,7 +145,7 @@ def add_lora(
     """Wrap linear layers in `LoRALinear`, in place, and freeze everything but the adapters.
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
-    is not yet adapted, be it by PEFT. A layer with two names in the model goes by the first.
+    is not yet adapted, by us or by PEFT. A layer with two names in the model goes by the first.
     Returns the new adapters by name. Raises ValueError for a target that matches nothing and for a
     rank or alpha out of range, TypeError for a target that is not an `nn.Linear`; then nothing
     changes.
@@ -181,15 +181,18 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _find_linears(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Linear]:
     """The linear layers that `targets` name and that are not yet adapted."""
+    # What lies inside a linear layer (a parametrization) or inside an adapter is no target.
     whole = [m for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "base_layer")]
-    parts = {part for m in whole for part in m.modules() if part is not m}  # of adapters, say
+    parts = {part for m in whole for part in m.modules() if part is not m}
     modules = {name: m for name, m in model.named_modules() if name and m not in parts}
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
     if targets is None:
         found = linears
     else:
         found = {}
-        for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            targets = [targets]
+        for target in targets:
             matches = [name for name in modules if f".{name}".endswith(f".{target}")]
             if not matches:
                 raise ValueError(f"'{target}' matches no layer; there are {list(linears)}")
@@ -696,9 +699,8 @@ def collect_statistics(
 
     `loss_fn(model, batch)` has to call the model that it is given, a twin of yours that shares its
     weights, and must leave the batch as it was. The twin is a deep copy, which the model has to
-    allow. Its value is the MEAN of −log p over the rows: a
-    row's g is then the gradient at the layer's output times the number of rows in that call. It
-    follows that
+    allow. The loss is the MEAN of −log p over the rows: a row's g is then the gradient at the
+    layer's output times the number of rows in that call. It follows that
 
     - `F.mse_loss` is no such mean: −log p of noise with variance 1 is half the sum of squares;
     - a layer that is called twice has twice the rows, and half of ∂loss/∂W as its G;
@@ -761,8 +763,8 @@ def _twin(model: nn.Module, layers: dict[str, nn.Module]) -> tuple[nn.Module, di
                 shared[id(parameter)] = parameter
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # from parameters, by weight_norm
-                shared[id(value)] = value
+            if isinstance(value, Tensor) and not value.is_leaf:
+                shared[id(value)] = value  # computed from parameters, as by weight_norm
     twin, twin_layers = copy.deepcopy((model, layers), shared)
     return twin.eval(), twin_layers
 
@@ -1027,9 +1029,9 @@ def _best_step(
 def _set_all_factors(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Set every adapter's factors, or none if some do not fit."""
     adapters = lora_layers(model)
-    fitting = {}
+    checked = {}
     for name, layer in adapters.items():
         with _naming(name):
-            fitting[name] = layer._fitting(*factors[name])
+            checked[name] = layer._checked_copies(*factors[name])
     for name, layer in adapters.items():
-        layer.set_factors(*fitting[name])
+        layer.set_factors(*checked[name])
