@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of this repository
 """Four scenes of linear regression that show where each start of LoRA wins and where it loses.
 
 The model is y = W x with a frozen W (out, in), and fine-tuning looks for W* = W + Δ by a change BA.
 Here Δ is known, so that every start can be compared with the exact answer. The numbers are means
-over random draws, and the sentences under each table are computed from them.
+over random draws, and the sentences under each table are computed from them. `--picture` draws how
+each start works, in two dimensions.
 """
 
 import argparse
 import importlib.util
 import math
+import sys
 import textwrap
-import timeit
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, linalg
 
-from lora_init import cntlora, hrp, lora_da
-
-# The colors of demo_transformer.py.
-COLORS = {"plain LoRA": "black", "gradient SVD": "C2", "LoRA-DA": "C3", "HRP": "C4"}
+from lora_init import cntlora, hrp, lora_da, monge_map
 
 
 @dataclass
 class Scene:
-    """What a scene has found: a table, the sentences under it, and how to draw it."""
+    """What a scene has found: a table, the sentences under it, and what its axes mean."""
 
     title: str
     setting: str
     sentence: str  # computed from the rows
     x_label: str
     y_label: str
-    columns: list[str]
+    columns: list[int | str]
     rows: dict[str, Tensor]  # (draws, columns) each
-    lines: dict[str, Tensor] | None = None  # (draws, steps + 1) each, drawn in place of the rows
+    curves: dict[str, Tensor] | None = None  # (draws, updates + 1) each, drawn instead of the rows
     floor: float = 0.0  # of a logarithmic y axis; 0 makes the axis linear
     no_adapter: float = 1.0  # what BA = 0 gives, in every column
 
@@ -49,22 +49,29 @@ def random_moments(draws: int, n: int, condition: float) -> Tensor:
     return (Q * spectrum / spectrum.mean()) @ Q.mT
 
 
-def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def stacked(starts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Many pairs (B, A) as one B (…, out, r) and one A (…, r, in)."""
-    all_B = torch.stack([B for B, _ in factors])
-    all_A = torch.stack([A for _, A in factors])
+    all_B = torch.stack([B for B, _ in starts])
+    all_A = torch.stack([A for _, A in starts])
     return all_B, all_A
 
 
-def share_missing(delta: Tensor, B: Tensor, A: Tensor) -> Tensor:
+def start_each(algorithm: Callable, *tensors: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+    """B (draws, out, r) and A (draws, r, in): what the algorithm makes of each draw's tensors."""
+    return stacked([algorithm(*of_draw, **settings) for of_draw in zip(*tensors, strict=True)])
+
+
+def share_missing(delta: Tensor, BA: Tensor) -> Tensor:
     """‖Δ − BA‖² / ‖Δ‖² of each draw: the share of the change that is missing."""
-    return (linalg.matrix_norm(delta - B @ A) / linalg.matrix_norm(delta)).square()
+    return (linalg.matrix_norm(delta - BA) / linalg.matrix_norm(delta)).square()
 
 
 def share_out_of_reach(delta: Tensor, A: Tensor) -> Tensor:
-    """min_B ‖Δ − BA‖² / ‖Δ‖² of each draw: what the best B leaves missing at a frozen A."""
-    best_B = delta @ linalg.pinv(A)  # (draws, out, r)
-    return share_missing(delta, best_B, A)
+    """min_B ‖Δ − BA‖² / ‖Δ‖² of each draw: what the best B leaves missing at a frozen A.
+
+    The best BA is ΔP, where P = A⁺A projects on the row space of A. Its basis does not matter.
+    """
+    return share_missing(delta, delta @ linalg.pinv(A) @ A)
 
 
 def train(
@@ -72,12 +79,12 @@ def train(
     Z: Tensor,
     start_B: Tensor,
     start_A: Tensor,
-    steps: int,
+    updates: int,
     *,
     lr: float = 0.02,
     train_A: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """B and A (steps + 1, draws, …) after 0, 1, 2, … Adam steps.
+    """B and A (updates + 1, draws, …) after 0, 1, 2, … updates of Adam.
 
     The loss is ½ E‖(Δ − BA)x‖² = ½ tr((Δ − BA) Z (Δ − BA)ᵀ), summed over the draws. Adam treats
     every number by itself, so that no draw sees another.
@@ -86,7 +93,7 @@ def train(
     A = start_A.clone().requires_grad_(train_A)
     optimizer = torch.optim.Adam([B, A], lr)
     history = [(start_B, start_A)]
-    for _ in range(steps):
+    for _ in range(updates):
         missing = delta - B @ A  # (draws, out, in)
         loss = (missing @ Z * missing).sum() / 2
         optimizer.zero_grad()
@@ -97,7 +104,7 @@ def train(
 
 
 def means(rows: dict[str, Tensor]) -> dict[str, list[float]]:
-    """The means over the draws, a row of the table each."""
+    """The means over the draws, one row of the table each."""
     return {name: row.mean(dim=0).tolist() for name, row in rows.items()}
 
 
@@ -110,90 +117,91 @@ def listed(items: list) -> str:
 # ---------------------------------------------------------------------------- the four scenes
 
 
-def new_task(fast: bool) -> Scene:
+def new_task(draws: int) -> Scene:
     """The labels changed: y = (W + Δ)x with rank Δ = r. Z = E[x xᵀ] is known exactly.
 
-    The loss ½ E‖(W + BA)x − y‖² is −log p for noise of variance 1, so that G = −ΔZ at BA = 0, and
-    Y = 1. Gradient SVD assumes that Z = I, and therefore takes −G = ΔZ for Δ.
+    The loss ½ E‖(W + BA)x − y‖² is −log p of a model whose noise has the variance σ² = 1. So
+    G = −ΔZ at BA = 0, and Y = 1 is this model's Fisher information 1/σ². Measuring Y = E[g²] would
+    not do here: these labels have no noise, so that g² holds nothing but signal (`lora_da`,
+    Guarantee). Gradient SVD assumes Z = I, and therefore takes −G = ΔZ for Δ.
+
+    Adam moves every entry of A and B alike. So the curves depend not only on BA and on A's row
+    space, but also on the basis in which a start returns them.
     """
     n_out = 24
     n_in = 32
     r = 4
     high = 16
-    draws = 2 if fast else 20
-    preheat_steps = 20 if fast else 100
-    stops = [0, 10, 30] if fast else [0, 50, 200]
+    preheating = 100
+    stops = [0, 50, 200]
 
     delta = torch.randn(draws, n_out, r) @ torch.randn(draws, r, n_in) / 8  # (draws, out, in)
     Z = random_moments(draws, n_in, condition=300.0)  # (draws, in, in)
     G = -delta @ Z  # (draws, out, in)
-    Y = torch.ones(n_out)  # (out,)
+    Y = torch.ones(draws, n_out)
     A_high = (2 * torch.rand(draws, high, n_in) - 1) / math.sqrt(n_in)  # as plain LoRA's A
     B_high = torch.zeros(draws, n_out, high)
-    heated_B, _ = train(delta, Z, B_high, A_high, preheat_steps, train_A=False)
+    heated_B, _ = train(delta, Z, B_high, A_high, preheating, train_A=False)
 
-    def exact_lora_da(draw: int, moment: Tensor) -> tuple[Tensor, Tensor]:
-        return lora_da(G[draw], moment, Y, r, n_train=1, variance=0, damping=0)
-
+    white = torch.eye(n_in).expand(draws, n_in, n_in)
+    exact = {"rank": r, "n_train": 1, "variance": 0, "damping": 0}  # nothing is estimated
     starts = {
         "plain LoRA": (B_high[:, :, :r], A_high[:, :r]),
-        "gradient SVD": stacked([exact_lora_da(d, torch.eye(n_in)) for d in range(draws)]),
-        "LoRA-DA": stacked([exact_lora_da(d, Z[d]) for d in range(draws)]),
-        "HRP": stacked([hrp(heated_B[-1, d], A_high[d], r) for d in range(draws)]),
+        "gradient SVD": start_each(lora_da, G, white, Y, **exact),
+        "LoRA-DA": start_each(lora_da, G, Z, Y, **exact),
+        "HRP": start_each(hrp, heated_B[-1], A_high, rank=r),
     }
-    lines = {}
+    curves = {}
     rows = {}
     for name, (B, A) in starts.items():
         trained_B, trained_A = train(delta, Z, B, A, stops[-1])
-        lines[name] = share_missing(delta, trained_B, trained_A).mT  # (draws, steps + 1)
+        curves[name] = share_missing(delta, trained_B @ trained_A).mT  # (draws, updates + 1)
         frozen = share_out_of_reach(delta, A)  # (draws,)
-        rows[name] = torch.cat([lines[name][:, stops], frozen[:, None]], dim=1)
+        rows[name] = torch.cat([curves[name][:, stops], frozen[:, None]], dim=1)
 
     table = means(rows)
-    drift = lines["LoRA-DA"].mean(dim=0).max()
-    gradient = table["gradient SVD"]
     plain = table["plain LoRA"]
-    more = "more" if gradient[0] > 1 else "less"
-    better = "better" if gradient[-1] < plain[-1] else "worse"
-    trained_order = listed(sorted(table, key=lambda name: table[name][-2]))
-    frozen_order = listed(sorted(table, key=lambda name: table[name][-1]))
+    gradient = table["gradient SVD"]
+    ours = table["LoRA-DA"]
+    furthest = curves["LoRA-DA"].mean(dim=0).max()
     return Scene(
         title="A new task",
         setting=(
-            f"The labels changed and the inputs did not. The share of Δ (rank {r}) that is missing "
-            "while Adam trains B and A, and the share that the best B leaves missing if the first "
-            f"A is frozen. cond Z = 300, exact moments, means of {draws} draws. The "
-            f"{preheat_steps} steps for which HRP has preheated are not counted."
+            f"The labels changed and the inputs did not. The table shows the share of Δ (rank {r}) "
+            "that is missing while Adam trains B and A, and the share that the best B leaves "
+            f"missing if the first A is frozen. cond Z = 300, exact moments, means of {draws} "
+            f"draws. The {preheating} updates for which HRP has preheated are not counted."
         ),
         sentence=(
-            f"LoRA-DA starts at the exact answer (it misses {table['LoRA-DA'][0]:.0e}), but Adam "
-            f"drives it off until it misses {drift:.0e}, as Adam's steps do not shrink with the "
-            f"gradient. Gradient SVD's full step misses {gradient[0]:.1f}, which is {more} than no "
-            f"adapter misses, while its directions are {better} than random ones: with A frozen "
-            f"they leave {gradient[-1]:.3g} out of reach, and plain LoRA's leave {plain[-1]:.3g}. "
-            f"From the least missing to the most, the order after {stops[-1]} steps is "
-            f"{trained_order}, and with A frozen it is {frozen_order}."
+            f"LoRA-DA starts at the exact answer and misses {ours[0]:.0e}. But rounding leaves a "
+            "tiny gradient, and Adam's updates have the size of the rate however small the "
+            f"gradient is: on the way LoRA-DA misses up to {furthest:.0e}, and after {stops[-1]} "
+            f"updates {ours[-2]:.0e}. Gradient SVD's full step misses {gradient[0]:.1f}, where no "
+            f"adapter misses 1. With A frozen its directions leave {gradient[-1]:.3g} out of "
+            f"reach, and plain LoRA's random ones leave {plain[-1]:.3g}."
         ),
-        x_label="Adam steps",
+        x_label="Adam's updates",
         y_label="share of Δ missing (clipped at 1e-6)",
-        columns=[str(stop) for stop in stops] + ["A frozen"],
+        columns=[*stops, "A frozen"],
         rows=rows,
-        lines=lines,
+        curves=curves,
         floor=1e-6,
     )
 
 
-def few_noisy_rows(fast: bool) -> Scene:
+def few_noisy_rows(draws: int) -> Scene:
     """Bias against variance: y = Δx + ε, with noise ε of variance σ² and W = 0, in N rows.
 
-    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, and Y = 1/σ² is known. A holds the lowest
-    eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ. B is then fitted by least squares.
+    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, and Y = 1/σ² is known. A spans the lowest
+    eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ, where Δ is measured, too. B is then
+    fitted by least squares at this A: the estimate under "A frozen" in `lora_da`, not the one of
+    its parts 1 to 3.
     """
     n_out = 8
     n_in = 24
     r = 4
     sigma = 0.5
-    draws = 4 if fast else 60
+    draws = 3 * draws  # as these vary more
     counts = [32, 100, 400, 1600]
     weights = [0, 1, 2, 10]
 
@@ -206,14 +214,12 @@ def few_noisy_rows(fast: bool) -> Scene:
         y = x @ delta.mT + sigma * torch.randn(draws, n, n_out)  # (draws, n, out)
         G = -y.mT @ x / n / sigma**2  # (draws, out, in)
         Z = x.mT @ x / n  # (draws, in, in)
-        Y = torch.full((n_out,), sigma**-2)  # (out,)
+        Y = torch.full((draws, n_out), sigma**-2)
         for weight in weights:
-            starts = [
-                lora_da(G[d], Z[d], Y, r, n, variance=weight, damping=1e-3) for d in range(draws)
-            ]
-            _, A = stacked(starts)  # (draws, r, in)
+            settings = {"rank": r, "n_train": n, "variance": weight, "damping": 1e-3}
+            _, A = start_each(lora_da, G, Z, Y, **settings)  # (draws, r, in)
             B = linalg.lstsq(x @ A.mT, y).solution.mT  # (draws, out, r)
-            errors[weight].append(share_missing(delta, B, A))
+            errors[weight].append(share_missing(delta, B @ A))
     rows = {f"variance × {weight}": torch.stack(errors[weight], dim=1) for weight in weights}
 
     table = torch.tensor(list(means(rows).values()))  # (weights, counts)
@@ -235,24 +241,24 @@ def few_noisy_rows(fast: bool) -> Scene:
         ),
         x_label="rows N",
         y_label="error ‖BA − Δ‖² / ‖Δ‖²",
-        columns=[str(n) for n in counts],
+        columns=counts,
         rows=rows,
         floor=0.1,
     )
 
 
-def how_hot_to_preheat(fast: bool) -> Scene:
-    """HRP by its rank R and its steps, where Δ is of rank r plus noise and Z = I.
+def how_hot_to_preheat(draws: int) -> Scene:
+    """HRP by its rank R and its updates, where Δ is of rank r plus noise and Z = I.
 
     At a frozen A the best B leaves min_B ‖Δ − BA‖². No A leaves less than the top r right singular
-    vectors of Δ (Eckart–Young). What they leave is the unit here.
+    vectors of Δ (Eckart–Young). What they leave is the unit here. Preheating at R = in until it
+    converges would reach it (`hrp`, part 3), which a limited number of updates does not.
     """
     n_out = 20
     n_in = 16
     r = 2
     highs = [2, 4, 8, 16]
-    draws = 2 if fast else 20
-    stops = [5, 20] if fast else [5, 20, 80, 320]
+    stops = [5, 20, 80, 320]
 
     signal = torch.randn(draws, n_out, r) @ torch.randn(draws, r, n_in)  # (draws, out, in)
     delta = signal + 0.5 * torch.randn(draws, n_out, n_in)  # (draws, out, in)
@@ -261,54 +267,51 @@ def how_hot_to_preheat(fast: bool) -> Scene:
     random_A = torch.randn(draws, n_in, n_in) / math.sqrt(n_in)  # (draws, in, in)
     Z = torch.eye(n_in)  # (in, in)
 
-    residuals = {steps: [] for steps in stops}
+    residuals = {updates: [] for updates in stops}
     for high in highs:
         A_high = random_A[:, :high]  # (draws, R, in)
         B_high = torch.zeros(draws, n_out, high)
         heated_B, _ = train(delta, Z, B_high, A_high, stops[-1], lr=0.1, train_A=False)
-        for steps in stops:
-            starts = [hrp(heated_B[steps, d], A_high[d], r) for d in range(draws)]
-            _, A = stacked(starts)  # (draws, r, in)
-            residuals[steps].append(share_out_of_reach(delta, A) / optimum)
-    rows = {f"{steps} steps": torch.stack(residuals[steps], dim=1) for steps in stops}
+        for updates in stops:
+            _, A = start_each(hrp, heated_B[updates], A_high, rank=r)  # (draws, r, in)
+            residuals[updates].append(share_out_of_reach(delta, A) / optimum)
+    rows = {f"{updates} updates": torch.stack(residuals[updates], dim=1) for updates in stops}
 
     table = means(rows)
-    first = table[f"{stops[0]} steps"]
-    last = table[f"{stops[-1]} steps"]
-    falls = "falls" if last == sorted(last, reverse=True) else "does not always fall"
+    first = table[f"{stops[0]} updates"]
+    last = table[f"{stops[-1]} updates"]
     return Scene(
         title="How hot to preheat",
         setting=(
-            "HRP by the rank R and the steps of its preheating: what the best B leaves missing at "
-            f"HRP's A, where 1 is what the best rank {r} leaves. Δ is of rank {r} plus noise, "
-            f"Z = I, means of {draws} draws."
+            "HRP by the rank R and Adam's updates of its preheating: what the best B leaves "
+            f"missing at HRP's A, where 1 is what the best rank {r} leaves. Δ is of rank {r} plus "
+            f"noise, Z = I, means of {draws} draws."
         ),
         sentence=(
-            f"After {stops[-1]} steps the residual {falls} as R grows, and goes from "
-            f"{last[0]:.1f} to {last[-1]:.1f} times the optimum. The steps after the first "
-            f"{stops[0]} divide it by {first[-1] / last[-1]:.1f} at R = {highs[-1]}, but by "
+            f"After {stops[-1]} updates the residual is {last[0]:.1f} times the optimum at "
+            f"R = {highs[0]} and {last[-1]:.1f} times at R = {highs[-1]}. The updates after the "
+            f"first {stops[0]} divide it by {first[-1] / last[-1]:.1f} at R = {highs[-1]}, but by "
             f"{first[0] / last[0]:.1f} at R = {highs[0]}, where A cannot leave the row space of "
             "its random start."
         ),
         x_label="preheating rank R",
         y_label=f"residual, where 1 is the best rank {r}",
-        columns=[str(high) for high in highs],
+        columns=highs,
         rows=rows,
         no_adapter=1 / optimum,
     )
 
 
-def new_domain(fast: bool) -> Scene:
+def new_domain(draws: int) -> Scene:
     """The inputs changed: x_f = S x_p with S = Sᵀ ≻ 0. The function did not; no label is needed.
 
-    ΔW = W(S⁻¹ − I) undoes the shift. With Z_f = S Z_p S = L Lᵀ, the error that BA leaves is
-    E‖(W + BA)x_f − W x_p‖² = ‖(ΔW − BA)L‖².
+    S − I has rank 4, and ΔW = W(S⁻¹ − I) undoes the shift. With Z_f = S Z_p S = L Lᵀ, the error
+    that BA leaves is E‖(W + BA)x_f − W x_p‖² = ‖(ΔW − BA)L‖².
     """
     n_out = 24
     n_in = 32
     shift_rank = 4
     ranks = [1, 2, 3, 4, 8, 16]
-    draws = 2 if fast else 20
 
     W = torch.randn(draws, n_out, n_in)
     Q = linalg.qr(torch.randn(draws, n_in, shift_rank)).Q  # (draws, in, 4)
@@ -317,30 +320,29 @@ def new_domain(fast: bool) -> Scene:
     Z = random_moments(draws, n_in, condition=30.0)  # (draws, in, in)
     delta = W @ linalg.inv(S) - W  # (draws, out, in)
 
-    def errors(Z_p: Tensor, given: Tensor | list[None]) -> Tensor:
-        """The error of every draw (draws, ranks), where CNTLoRA is given its Z_p or None."""
+    def errors(Z_p: Tensor, known: bool) -> Tensor:
+        """The error of each draw (draws, ranks), where CNTLoRA is given Z_p or is not."""
         Z_f = S @ Z_p @ S  # (draws, in, in)
         L = linalg.cholesky(Z_f)  # (draws, in, in)
+        moments = [Z_f, Z_p] if known else [Z_f]
         by_rank = []
         for r in ranks:
-            starts = [cntlora(W[d], Z_f[d], given[d], rank=r, damping=0) for d in range(draws)]
-            B, A = stacked(starts)
-            by_rank.append(share_missing(delta @ L, B, A @ L))
+            B, A = start_each(cntlora, W, *moments, rank=r, damping=0)
+            by_rank.append(share_missing(delta @ L, B @ A @ L))
         return torch.stack(by_rank, dim=1)
 
-    unknown = [None] * draws
     rows = {
-        "Z_p known": errors(Z, given=Z),
-        "Z_p wrongly assumed white": errors(Z, given=unknown),
-        "Z_p rightly assumed white": errors(identity, given=unknown),
+        "Z_p known": errors(Z, known=True),
+        "Z_p wrongly assumed white": errors(Z, known=False),
+        "Z_p rightly assumed white": errors(identity, known=False),
     }
 
     table = means(rows)
     known = table["Z_p known"][ranks.index(shift_rank)]
 
-    def best(line: list[float]) -> str:
-        rank = ranks[line.index(min(line))]
-        return f"{rank}, which leaves {min(line):.0%} (rank {ranks[-1]} leaves {line[-1]:.0%})"
+    def best(row: list[float]) -> str:
+        rank = ranks[row.index(min(row))]
+        return f"{rank}, which leaves {min(row):.0%} (rank {ranks[-1]} leaves {row[-1]:.0%})"
 
     return Scene(
         title="A new domain",
@@ -351,21 +353,19 @@ def new_domain(fast: bool) -> Scene:
         ),
         sentence=(
             f"With Z_p known, rank {shift_rank}, which is that of S − I, undoes the shift: it "
-            f"leaves {known:.0e}. With Z_p assumed white, rank hurts beyond the best one. Where "
-            f"x_p is not white, the best rank is {best(table['Z_p wrongly assumed white'])}; "
-            "where it is white and only its size is unknown, the best rank is "
-            f"{best(table['Z_p rightly assumed white'])}."
+            f"leaves {known:.0e}. If Z_p is assumed white, a high rank also changes inputs that "
+            "never shifted. Where x_p is not white, the best rank is "
+            f"{best(table['Z_p wrongly assumed white'])}; where it is white and only its size is "
+            f"unknown, the best rank is {best(table['Z_p rightly assumed white'])}."
         ),
         x_label="rank r",
         y_label="error, relative to no adapter",
-        columns=[str(r) for r in ranks],
+        columns=ranks,
         rows=rows,
     )
 
 
 SCENES = {1: new_task, 2: few_noisy_rows, 3: how_hot_to_preheat, 4: new_domain}
-
-# ---------------------------------------------------------------------------- printing, plotting
 
 
 def print_scene(number: int, scene: Scene) -> None:
@@ -380,136 +380,209 @@ def print_scene(number: int, scene: Scene) -> None:
     print("\n" + textwrap.fill(scene.sentence, width=96), flush=True)
 
 
-def plot_scenes(scenes: dict[int, Scene], file: str) -> None:
-    """One panel a scene, with the legends below the panels."""
+# ---------------------------------------------------------------------------- figures
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "demo_toy"  # equal numbers give equal files
+    matplotlib.rcParams["font.size"] = 8
+    matplotlib.rcParams["svg.hashsalt"] = "demo_toy"  # in place of random names in the svg
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Any, file: str) -> None:
+    """Write a .png or .svg; the svg holds no date, so that equal numbers give equal files."""
+    metadata = {"Date": None} if file.endswith(".svg") else None
+    figure.savefig(file, metadata=metadata, dpi=200)
+
+
+def plot_scenes(scenes: dict[int, Scene], file: str) -> None:
+    """One panel a scene, with the legends below the panels."""
     side = 1 if len(scenes) == 1 else 2
-    figure = Figure(figsize=(4.2 * side, 4 * side), layout="constrained")
+    figure = new_figure(3.65 * side, 3.5 * side)
     panels = figure.subplots(side, side, squeeze=False).flat
     for panel, (number, scene) in zip(panels, scenes.items(), strict=True):
         plot_scene(panel, scene)
         panel.set_title(f"{number}. {scene.title}")
-    figure.supxlabel("bars: ± 2 standard errors of the mean over the draws", fontsize="small")
-    metadata = {"Date": None} if file.endswith(".svg") else None
-    figure.savefig(file, metadata=metadata)
+    figure.supxlabel("bars: ± 2 standard errors of the mean over the draws", fontsize=8)
+    save(figure, file)
 
 
 def plot_scene(panel: Any, scene: Scene) -> None:
-    """The curves of a scene, with five bars each at most, and the line of no adapter."""
-    for name, values in (scene.lines or scene.rows).items():
+    """The curves of a scene, with about five markers each, and the line of no adapter."""
+    panel.set_prop_cycle(
+        color=["black", "tab:green", "tab:red", "tab:purple"],
+        linestyle=["-", "--", "-.", ":"],
+        marker=["o", "s", "D", "^"],
+    )
+    curves = scene.curves or scene.rows
+    for number, (name, values) in enumerate(curves.items()):
         draws, points = values.shape
+        every = max(1, points // 4)
+        marked = (number * every // 4, every)  # the first one, and the distance to the next
         panel.errorbar(
             range(points),
             values.mean(dim=0).clamp(min=scene.floor),
             yerr=2 * values.std(dim=0) / math.sqrt(draws),
-            errorevery=max(1, points // 4),
-            marker=None if scene.lines else ".",
-            color=COLORS.get(name),
+            errorevery=marked,
+            markevery=marked,
+            markersize=3.5,
+            linewidth=1.2,
             label=name,
         )
-    panel.axhline(scene.no_adapter, color="gray", linestyle="--", label="no adapter")
-    if not scene.lines:
+    panel.axhline(scene.no_adapter, color="gray", linewidth=0.8, label="no adapter")
+    if scene.curves is None:
         panel.set_xticks(range(len(scene.columns)), scene.columns)
     panel.set_yscale("log" if scene.floor else "linear")
     panel.set_ylim(bottom=scene.floor)
-    panel.set_xlabel(scene.x_label)
-    panel.set_ylabel(scene.y_label)
-    panel.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=2, frameon=False)
+    panel.set(xlabel=scene.x_label, ylabel=scene.y_label)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.16), "ncols": 2}
+    panel.legend(**below, frameon=False, handlelength=3.5)
 
 
-# ---------------------------------------------------------------------------- time by width
+# ---------------------------------------------------------------------------- the picture
 
 
-def plain_lora_da(G: Tensor, Z: Tensor, Y: Tensor, r: int, n_train: int) -> Tensor:
-    """B from Z⁻¹, Δ and Ω, formed as the formulas say, and all eigenvectors of Ω."""
-    damping = 0.1 * Z.diagonal().mean()
-    Z_inverse = linalg.inv(Z + damping * torch.eye(len(Z)))  # (in, in)
-    delta = -G / Y[:, None] @ Z_inverse  # (out, in)
-    omega = (1 / Y).sum() / n_train * Z_inverse - delta.mT @ delta  # (in, in)
-    return delta @ linalg.eigh(omega).eigenvectors[:, :r]  # (out, r)
+def draw_picture(file: str) -> None:
+    """How each start works, in two dimensions, drawn with the functions themselves."""
+    figure = new_figure(7.3, 2.75)
+    panels = figure.subplots(1, 3)
+    draw_lora_da(panels[0])
+    draw_hrp(panels[1])
+    draw_cntlora(panels[2])
+    for panel in panels:
+        panel.set(xticks=[], yticks=[], aspect="equal")
+        panel.spines[:].set_color("lightgray")
+    save(figure, file)
 
 
-def plain_cntlora(W: Tensor, Z_f: Tensor, Z_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of ΔW Z_f^½ by the textbook's map T = Z_f^−½ (Z_f^½ Z_p Z_f^½)^½ Z_f^−½."""
-    F = square_root(Z_f)  # (in, in)
-    middle = square_root(F @ Z_p @ F)  # (in, in)
-    T = linalg.solve(F, linalg.solve(F, middle).mT)  # (in, in)
-    return linalg.svd((W @ T - W) @ F)
+def ellipse(C: Tensor) -> Tensor:
+    """The points x with xᵀ C⁻¹ x = 1 (2, 97): a root of C times the unit circle."""
+    angles = torch.linspace(0, 2 * math.pi, 97)
+    return linalg.cholesky(C) @ torch.stack([angles.cos(), angles.sin()])
 
 
-def square_root(C: Tensor) -> Tensor:
-    values, V = linalg.eigh(C)
-    return (V * values.sqrt()) @ V.mT
+def draw_arrows(panel: Any, start: Tensor, move: Tensor, color: str) -> None:
+    """Arrows from the points `start` (2, n) to `start + move`."""
+    units = {"angles": "xy", "scale_units": "xy", "scale": 1}  # those of the axes
+    panel.quiver(*start, *move, color=color, width=0.011, zorder=3, **units)
 
 
-def print_time(width: int, r: int = 8, high: int = 128, n_train: int = 10**6) -> None:
-    """The seconds of each function, and how many times as long the plain way takes."""
-    moments = random_moments(2, width, condition=100.0)
-    Z_f = moments[0]  # (width, width)
-    Z_p = moments[1]  # (width, width)
-    W = torch.randn(width, width)
-    B_high = torch.randn(width, high)
-    A_high = torch.randn(high, width) / width
-    G = B_high @ A_high  # (width, width)
-    Y = torch.ones(width)
-    calls = {
-        "lora_da": lambda: lora_da(G, Z_f, Y, r, n_train),
-        "plain lora_da": lambda: plain_lora_da(G, Z_f, Y, r, n_train),
-        "hrp": lambda: hrp(B_high, A_high, r),
-        "plain hrp": lambda: linalg.svd(B_high @ A_high),
-        "cntlora": lambda: cntlora(W, Z_f, Z_p, rank=r),
-        "plain cntlora": lambda: plain_cntlora(W, Z_f, Z_p),
-    }
-    best = dict.fromkeys(calls, math.inf)
-    for _ in range(3 if width < 2048 else 1):  # in turn, so that all meet the same noise
-        for name, call in calls.items():
-            best[name] = min(best[name], timeit.timeit(call, number=1))
-    print(f"{width:5}", end="")
-    for name in ("lora_da", "hrp", "cntlora"):
-        print(f"{best[name]:10.3f}{best['plain ' + name] / best[name]:8.1f} ×", end="")
-    print(flush=True)
+def draw_lora_da(panel: Any) -> None:
+    """The plane of ΔW (1, 2): the full step ends at Δ, and A leans away from the noise."""
+    delta = torch.tensor([[2.0, 1.6]])  # (1, 2)
+    Z = torch.tensor([[0.12, -0.02], [-0.02, 0.03]])
+    Y = torch.ones(1)
+    n_train = 20
+    G = -Y * delta @ Z  # (1, 2)
+    full_step = -G / Y @ linalg.inv(Z)  # (1, 2)
+    steepest = -G * G.square().sum() / (G @ Z @ G.mT)  # (1, 2), to the least loss on its line
+    B, A = lora_da(G, Z, Y, 1, n_train, damping=0)
+    noise = ellipse(linalg.inv(Z) / (n_train * Y))  # (2, 97), one standard deviation
+    origin = torch.zeros(2, 1)
+
+    for size in torch.arange(0.5, 5, 0.5):  # the noise has the shape of the loss's contours
+        panel.plot(*(delta.mT + size * noise), color="lightgray", linewidth=0.6)
+    panel.fill(*(delta.mT + noise), color="C1", alpha=0.35, linewidth=0)
+    panel.axline((0, 0), tuple(A[0]), color="C3", linestyle="--")
+    panel.plot(*torch.cat([delta, B @ A]).mT, color="C3", linestyle=":", marker="D", markevery=[1])
+    draw_arrows(panel, origin, steepest.mT, "gray")
+    draw_arrows(panel, origin, full_step.mT, "black")
+    panel.text(-0.1, 0.1, "0", ha="right")
+    panel.text(0.9, -0.1, "−G", va="top")
+    panel.text(0.3, 0.45, "−Y⁻¹GZ⁻¹", rotation=39)
+    panel.text(1.95, 1.72, "Δ", ha="center")
+    panel.text(2.25, 1.1, "BA", va="top")
+    panel.text(2.2, 2.35, "noise", ha="center")
+    panel.text(3.1, 1.9, "A's rows", rotation=31, ha="center")
+    panel.axis((-0.5, 3.7, -0.9, 3.3))
+    panel.set(title="LoRA-DA: aim, and avoid noise", xlabel="ΔW, with contours of the loss")
 
 
-def print_scale(fast: bool) -> None:
-    print(
-        "Seconds in float32 with r = 8 and R = 128, and how many times as long the plain way\n"
-        "takes, which forms every matrix and finds all eigenvectors or singular vectors. Up to\n"
-        "width 1024 both do the same work in lora_da; beyond, ours is Davidson's method.\n\n"
-        "width             lora_da                 hrp             cntlora"
-    )
-    for width in [128, 256] if fast else [256, 512, 1024, 2048]:
-        print_time(width)
+def draw_hrp(panel: Any) -> None:
+    """How much of Δ each direction catches, and where preheating turns a random one."""
+    delta = torch.tensor([[0.1, 1.0], [0.6, 0.9], [-0.4, 0.3]])  # (out, 2)
+    random_A = torch.tensor([[0.9, -0.2], [0.3, 0.6]])  # (2, 2), as if drawn
+    circle = ellipse(torch.eye(2))  # (2, 97)
+    B_high = torch.zeros(1, 3, 2)
+    stops = [8, 10, 15]
+    heated_B, _ = train(delta, torch.eye(2), B_high, random_A, stops[-1], lr=0.1, train_A=False)
+
+    def caught(directions: Tensor) -> Tensor:
+        """The directions (2, n), each as long as the share of Δ that it catches."""
+        return directions * (1 - share_out_of_reach(delta, directions.mT[:, None]))
+
+    panel.plot(*circle, color="gray", linestyle=":")
+    panel.fill(*caught(circle), color="C0", alpha=0.25, linewidth=0)
+    any_B = torch.ones(3, 1)
+    _, A = hrp(any_B, random_A[:1], 1)  # at R = 1 A keeps its direction, whatever B_high learns
+    panel.axline((0, 0), tuple(A[0]), color="black", linestyle="--", linewidth=1)
+    panel.plot(*caught(A.mT * A[0, 0].sign()), color="black", marker="o")  # in the right half
+    for updates in stops:
+        _, A = hrp(heated_B[updates, 0], random_A, 1)
+        place = caught(A.mT * A[0, 0].sign())  # (2, 1)
+        panel.plot(*place, color="C4", marker="^")
+        panel.text(*place[:, 0], f"  {updates}", va="center")
+    panel.text(0, 1.1, f"▲ R = 2, after {listed(stops)} updates", ha="center")
+    panel.text(0, -1.2, "● R = 1: the random A", ha="center")
+    panel.axis((-1.3, 1.3, -1.3, 1.3))
+    panel.set(title="HRP: preheating turns A", xlabel="share of Δ caught, dotted: all of Δ")
+
+
+def draw_cntlora(panel: Any) -> None:
+    """The map that gives the new inputs the old ones' moment, and that moves them least."""
+    Z_p = torch.tensor([[1.0, 0.0], [0.0, 0.3]])
+    S = torch.tensor([[1.5, 0.7], [0.7, 1.98]])  # S − I has rank 1
+    Z_f = S @ Z_p @ S
+    T = monge_map(Z_f, Z_p)
+    new = ellipse(Z_f)  # (2, 97)
+    some = new[:, ::8]  # (2, 13)
+
+    panel.plot(*ellipse(Z_p), color="black", linestyle="--")
+    panel.plot(*new, color="C0")
+    draw_arrows(panel, some, T @ some - some, "gray")
+    panel.text(0, 0, "old: Z_p", ha="center", va="center")
+    panel.text(-1, 1, "new: Z_f", ha="center")
+    panel.text(1.3, 0.9, "T")
+    panel.axis((-1.75, 1.75, -1.75, 1.75))
+    panel.set(title="CNTLoRA: inputs moved back", xlabel="inputs x, moved to Tx")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scene", type=int, choices=SCENES, help="only this scene")
     parser.add_argument("--seed", type=int, default=0, help="the seed of everything random")
-    parser.add_argument("--plot", metavar="FILE", help="draw to a .png or .svg (needs matplotlib)")
-    parser.add_argument("--scale", action="store_true", help="instead: seconds by width")
-    parser.add_argument("--fast", action="store_true", help="a smoke test: less of everything")
+    parser.add_argument("--plot", metavar="FILE", help="draw the scenes to a .png or .svg")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw how each start works to a .png or .svg"
+    )
+    parser.add_argument("--fast", action="store_true", help="a smoke test with few draws")
     args = parser.parse_args()
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if (args.plot or args.picture) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("figures need matplotlib: pip install matplotlib")
 
+    if hasattr(sys.stdout, "reconfigure"):  # in a notebook it has not
+        sys.stdout.reconfigure(errors="replace")  # a file on Windows may have no Δ
     torch.set_num_threads(1)  # two threads that share their cores with others wait for each other
-    print(f"torch {torch.__version__}, one thread, seed {args.seed}")
-    if args.scale:
-        torch.manual_seed(args.seed)
-        print_scale(args.fast)
-        return
     torch.set_default_dtype(torch.float64)
+    print(f"torch {torch.__version__}, one thread, seed {args.seed}")
+    if args.picture:
+        draw_picture(args.picture)
+    draws = 2 if args.fast else 20
     scenes = {}
     for number in [args.scene] if args.scene else SCENES:
         torch.manual_seed(args.seed)  # a scene gives the same numbers alone
-        scenes[number] = SCENES[number](args.fast)
+        scenes[number] = SCENES[number](draws)
         print_scene(number, scenes[number])
     if args.plot:
         plot_scenes(scenes, args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C")

@@ -1,58 +1,49 @@
 # SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of this repository
 """Does a data-driven start help? LoRA on a language model, at equal cost and at every rate.
 
 By default a small transformer with bytes as tokens is pre-trained on the source of Python's
-standard library and fine-tuned on Python's language reference: every Python carries both.
-`--model` takes a causal language model of Hugging Face instead. All methods are run at the same
-rates (full fine-tuning at 1/64 of them) and, for one seed, on the same batches. What a start costs
-is taken off its training steps. Development text chooses the best rate, and test text gives the
-losses that are reported.
+standard library and fine-tuned on Python's language reference: every Python carries both. On a GPU
+it is larger. `--model` takes a causal language model of Hugging Face instead. What a start costs is
+taken off its training. Development text chooses each method's best rate, and test text gives the
+losses that are reported. The runs of one method are trained side by side: `torch.vmap` calls one
+model with the adapters of all of them.
 """
 
 import argparse
-import copy
+import functools
+import hashlib
 import importlib.util
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import sysconfig
-import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine spinning threads stall
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 import lora_init
 
-METHODS = ["lora", "orthonormal", "gradient_svd", "lora_da", "hrp", "cntlora", "full"]
+METHODS = ["lora", "lora_da", "hrp", "cntlora", "gradient_svd", "white", "orthonormal"]
 PRESETS = {
-    "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 4},
-    "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 32},
+    "small": {"width": 128, "layers": 4, "heads": 4, "context": 128, "batch": 4, "fit": 5},
+    "large": {"width": 512, "layers": 8, "heads": 8, "context": 256, "batch": 8, "fit": 5},
 }
-BYTES_OF_TEXT = 81920  # of the language reference, held-out parts included
-HELD_OUT_BATCHES = 8  # at most, of development text and of test text
-CHECK_EVERY = 8  # steps between two checkpoints, where data is few
-SEARCH_STEPS = 6  # twelve forward passes choose a step; two cost about as much as one training step
-FULL_RATE = 1 / 64  # full fine-tuning takes this times LoRA's rates
-T_95 = {  # Student's t for a 95 % interval, by the number of seeds
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-    11: 2.228,
-    12: 2.201,
-}
+PRETRAIN_UPDATES = 1500
+HELD_OUT_TOKENS = 8192  # at most, of development text and of test text
+CHECK_EVERY = 8  # updates between two checkpoints, where data is few
+SEARCH = 7  # fourteen forward passes choose a step; two cost about as much as one update
+TRAINED_RATE = 1 / 4  # with A trained, the rates are those of A frozen times this
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,67 +52,75 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--preset", choices=PRESETS, help="0.9 M or 26 M parameters; large on a GPU, else small")
-    add("--model", help="name or folder of a Hugging Face model, instead of a preset")
-    add("--dtype", default="float32", help="of the weights of --model, as bfloat16")
+    add("--model", help="name or folder of a Hugging Face model; else a transformer of our own")
+    add("--text", help="text file or folder to fine-tune on; else the language reference")
     add("--targets", help="layers to adapt; q,v or, with --model, q_proj,v_proj")
     add("--rank", type=int, default=2, help="of every adapter")
-    add("--steps", type=int, default=40, help="of Adam, with a linearly falling rate")
-    add("--context", type=int, help="tokens of a sequence; 96 with --model")
-    add("--batch", type=int, help="sequences of a batch; 2 with --model")
-    add("--methods", default=",".join(METHODS), help="full trains all weights")
-    add("--rates", default="0.005,0.01,0.02,0.04,0.08,0.16,0.32", help="of LoRA; full takes 1/64")
+    add("--updates", type=int, default=60, help="of Adam, with a linearly falling rate")
+    add("--batch", type=int, help="sequences of a batch")
+    add(
+        "--methods",
+        default=",".join(METHODS[:5]),
+        help="lora_da:60 fits it to 60 batches, and so for each method that looks at data",
+    )
+    add("--rates", default="0.02,0.04,0.08,0.16", help="for A frozen; A trained takes a quarter")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
-    add("--calibration", type=int, default=4, help="batches that a start is fitted to")
-    add("--preheat-steps", type=int, default=10, help="of HRP's preheating")
-    add("--preheat-lr", type=float, default=0.01, help="rate of HRP's preheating")
-    add("--train-batches", type=int, help="few data: so many batches, repeated over and over")
-    add("--pretrain-steps", type=int, default=1500, help="of the preset's model")
-    add("--pretrain-text", help="text file instead of the standard library's source")
-    add("--finetune-text", help="text file instead of the language reference")
-    add("--processes", type=int, help="that share the runs; one a core, or one on a GPU")
-    add("--json", help="write all runs to this file")
-    add("--plot", help="draw loss against rate to this file (needs matplotlib)")
+    add("--train-batches", type=int, help="few data: that many batches, repeated over and over")
+    add("--json", help="keep finished runs in this file, and go on from those that it holds")
+    add("--plot", help="draw loss against rate, or against tokens fitted (needs matplotlib)")
     add("--fast", action="store_true", help="a minute's smoke test of the same code")
     args = parser.parse_args()
 
+    size = "small" if DEVICE.type == "cpu" else "large"
+    defaults = {"targets": "q,v", **PRESETS[size]}
     if args.model:
-        defaults = {"targets": "q_proj,v_proj", "context": 96, "batch": 2}
-    else:
-        on_gpu = args.device.startswith("cuda")
-        args.preset = args.preset or ("large" if on_gpu else "small")
-        defaults = {"targets": "q,v", **PRESETS[args.preset]}
+        defaults = {"targets": "q_proj,v_proj", "context": 96, "batch": 2, "fit": 60}
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.processes is None:
-        args.processes = os.cpu_count() if args.device == "cpu" else 1
+    args.name = Path(args.model).name if args.model else f"the {size} transformer"
+    args.pretrain_updates = PRETRAIN_UPDATES
     if args.fast:
-        args.pretrain_steps = 40
-        args.steps = 16
-        args.preheat_steps = 3
+        args.pretrain_updates = 40
+        args.updates = 20
         args.seeds = 2
-        args.rates = "0.01,0.04"
+        args.rates = "0.04,0.16"
     args.targets = args.targets.split(",")
     args.methods = args.methods.split(",")
     args.rates = [float(rate) for rate in args.rates.split(",")]
-    if args.model and "full" in args.methods:
-        args.methods.remove("full")  # it would need a copy of the model
 
-    if not set(args.methods) <= set(METHODS):
+    if not {method.partition(":")[0] for method in args.methods} <= set(METHODS):
         parser.error(f"--methods are some of {','.join(METHODS)}")
     if not 1 <= args.seeds <= max(T_95):
         parser.error(f"--seeds is not in 1..{max(T_95)}")
-    if max(cost_steps(method, args) for method in args.methods) >= args.steps:
-        parser.error("a start costs more than --steps: give more, or less --calibration")
-    if args.train_batches is not None and args.train_batches <= args.calibration:
-        parser.error("--train-batches has to be above --calibration: the next one chooses a step")
+    if max(cost(method, args) for method in args.methods) >= args.updates:
+        parser.error("a start costs more than --updates: give more, or fit to fewer batches")
+    if (
+        args.train_batches
+        and max(fit(method, args) for method in args.methods) >= args.train_batches
+    ):
+        parser.error("--train-batches has to exceed the batches fitted: the next chooses the step")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if args.model and not importlib.util.find_spec("transformers"):
         parser.error("--model needs transformers: pip install transformers")
     return args
+
+
+def fit(method: str, args: argparse.Namespace) -> int:
+    """The batches that a start is fitted to."""
+    _, _, batches = method.partition(":")
+    return int(batches or args.fit)
+
+
+def cost(method: str, args: argparse.Namespace) -> int:
+    """What a start costs, in updates: they are taken off its training."""
+    kind = method.partition(":")[0]
+    if kind in ("lora", "orthonormal"):
+        return 0
+    if kind == "white":
+        return math.ceil(fit(method, args) / 2)  # forward passes alone
+    return fit(method, args) + SEARCH  # hrp preheats for as many updates as the others cost
 
 
 # ---------------------------------------------------------------------------- models
@@ -146,7 +145,9 @@ class Block(nn.Module):
         q = self.split_heads(self.q(h))  # (N, heads, T, C / heads)
         k = self.split_heads(self.k(h))
         v = self.split_heads(self.v(h))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (N, heads, T, T)
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
+        h = scores.masked_fill(later, -math.inf).softmax(dim=-1) @ v
         x = x + self.o(h.transpose(1, 2).reshape(N, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))  # (N, T, C)
 
@@ -174,45 +175,57 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(x)))  # (N, T, 256)
 
 
-def load_hugging_face(args: argparse.Namespace) -> tuple[nn.Module, object]:
+def load_hugging_face(name: str) -> tuple[nn.Module, object]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    return model.to(args.device), AutoTokenizer.from_pretrained(args.model)
+    # "eager": attention by matrix products, which vmap can batch; "auto": the dtype of the file
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", attn_implementation="eager")
+    model.config.use_cache = False
+    return model.to(DEVICE), AutoTokenizer.from_pretrained(name)
 
 
 def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean −log p of the next token, in nats; batch (N, T + 1). On a GPU in bf16 autocast."""
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-        output = model(batch[:, :-1])
+    """Mean −log p of the next token, in nats; batch (N, T + 1)."""
+    output = model(batch[:, :-1])
     logits = getattr(output, "logits", output)  # (N, T, vocabulary)
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: list[Tensor]) -> float:
-    return statistics.fmean(loss_fn(model, batch).item() for batch in batches)
-
-
-def training_steps(
-    model: nn.Module, batches: list[Tensor], lr: float, warmup: int = 0
-) -> Iterator[float]:
-    """Train by Adam, with a rate that falls linearly to 0, and yield the seconds of each step."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained)
-    for step, batch in enumerate(batches):
-        began = clock()
-        rising = (step + 1) / (warmup + 1)
-        falling = 1 - step / len(batches)
-        optimizer.param_groups[0]["lr"] = lr * min(rising, falling)
+def pretrain(model: nn.Module, batches: Tensor, progress: "Progress") -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    schedule = linear_schedule(optimizer, len(batches), warmup=100)
+    for batch in batches:
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
-        yield clock() - began
+        schedule.step()
+        progress.advance("pre-training")
+    model.zero_grad()
+
+
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, updates: int, warmup: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate rises for `warmup` updates, and falls linearly to 0."""
+
+    def factor(update: int) -> float:
+        return min((update + 1) / (warmup + 1), 1 - update / updates)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def seconds_per_update(model: nn.Module, batch: Tensor) -> float:
+    """The median of five forward and backward passes."""
+    times = []
+    for _ in range(5):
+        began = clock()
+        loss_fn(model, batch).backward()
+        times.append(clock() - began)
+    return statistics.median(times)
 
 
 def clock() -> float:
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()  # let the GPU finish first
     return time.perf_counter()
 
@@ -220,91 +233,82 @@ def clock() -> float:
 # ---------------------------------------------------------------------------- texts
 
 
-def read_texts(args: argparse.Namespace) -> tuple[str | None, str]:
-    """The texts of pre-training (None with --model, unless it is given) and of fine-tuning."""
-    try:
-        if args.pretrain_text:
-            old = Path(args.pretrain_text).read_text(encoding="utf-8")
-        elif args.model:
-            old = None
-        else:
-            files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-            old = "\n".join(file.read_text(encoding="utf-8") for file in files)
-        if args.finetune_text:
-            new = Path(args.finetune_text).read_text(encoding="utf-8")
-        else:
-            from pydoc_data.topics import topics
+def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The documents of pre-training (none with --model) and of fine-tuning."""
+    old = []
+    if not args.model:
+        old = read_files(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+    if not args.text:
+        from pydoc_data.topics import topics
 
-            new = "\n".join(topics[name] for name in sorted(topics))[:BYTES_OF_TEXT]
-    except (OSError, ImportError) as error:
-        sys.exit(f"{error}: pass --pretrain-text FILE, --finetune-text FILE")
-    return old, new
+        return old, [topics[name] for name in sorted(topics)]
+    path = Path(args.text)
+    if path.is_dir():
+        return old, read_files(sorted(file for file in path.rglob("*") if file.is_file()))
+    text = path.read_text(encoding="utf-8")
+    return old, [text[i : i + 2048] for i in range(0, len(text), 2048)]
 
 
-def split(text: str, tokenizer: object, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Tokens of training, development and test: 8, 1 and 1 of ten blocks of 2,048 characters."""
-    blocks = [text[i : i + 2048] for i in range(0, len(text), 2048)]
+def read_files(files: list[Path]) -> list[str]:
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def split(documents: list[str], tokenizer: object, args: argparse.Namespace) -> dict[str, Tensor]:
+    """Tokens of training, development and test: 8, 1 and 1 of ten documents."""
     parts = {
-        "train": "".join(block for i, block in enumerate(blocks) if i % 10 < 8),
-        "dev": "".join(blocks[8::10]),
-        "test": "".join(blocks[9::10]),
+        "train": [document for i, document in enumerate(documents) if i % 10 < 8],
+        "dev": documents[8::10],
+        "test": documents[9::10],
     }
     tokens = {}
     for name, part in parts.items():
+        text = "\n".join(part)
         if tokenizer:
-            tokens[name] = torch.tensor(tokenizer(part)["input_ids"])
+            tokens[name] = torch.tensor(tokenizer(text)["input_ids"])
         else:
-            tokens[name] = torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8).long()
-        if len(tokens[name]) < 2 * args.context:
+            tokens[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+        if len(tokens[name]) < (args.batch + 1) * args.context:
             sys.exit(f"the {name} part of a text has {len(tokens[name])} tokens: give more text")
     return tokens
 
 
-def draw(tokens: Tensor, count: int, seed: int, args: argparse.Namespace) -> list[Tensor]:
-    """`count` batches of random windows, (batch, context + 1) each."""
-    size = args.context + 1
+def windows(tokens: Tensor, args: argparse.Namespace) -> Tensor:
+    """All sequences of a text, (sequences, context + 1): the last token starts the next one."""
+    return tokens.unfold(0, args.context + 1, args.context)
+
+
+def draw(tokens: Tensor, count: int, seed: int, args: argparse.Namespace) -> Tensor:
+    """Random batches without repetition, (count, batch, context + 1)."""
+    rows = windows(tokens, args)
+    if len(rows) < count * args.batch:
+        sys.exit(f"{count} batches need {count * args.batch} sequences; the text has {len(rows)}")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - size, (count, args.batch, 1), generator=generator)
-    return list(tokens[starts + torch.arange(size)].to(args.device))
+    chosen = torch.randperm(len(rows), generator=generator)[: count * args.batch]
+    return rows[chosen].unflatten(0, (count, args.batch)).to(DEVICE)
 
 
-def draw_training(tokens: Tensor, seed: int, args: argparse.Namespace) -> list[Tensor]:
-    """A batch for every step; where data is few, the same ones over and over."""
-    distinct = args.train_batches or args.steps
-    rounds = math.ceil(args.steps / distinct)
-    return (draw(tokens, distinct, 100 + seed, args) * rounds)[: args.steps]
-
-
-def windows(tokens: Tensor, args: argparse.Namespace) -> list[Tensor]:
-    """A held-out text as batches of adjoining windows."""
-    rows = tokens.unfold(0, args.context + 1, args.context)  # (windows, context + 1)
-    return list(rows.to(args.device).split(args.batch)[:HELD_OUT_BATCHES])
-
-
-def pretrained(args: argparse.Namespace, tokens: Tensor) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(args.width, args.layers, args.heads, args.context).to(args.device)
-    batches = draw(tokens, args.pretrain_steps, 0, args)
-    progress = Progress(len(batches))
-    for _ in training_steps(model, batches, 3e-3, warmup=100):
-        progress.advance("pre-training, the comparison comes after it")
-    return model.eval()
+def held_out(tokens: Tensor, args: argparse.Namespace) -> list[Tensor]:
+    """Whole batches of sequences, from all over a held-out text."""
+    rows = windows(tokens, args)
+    batches = min(HELD_OUT_TOKENS // args.context, len(rows)) // args.batch
+    every = len(rows) // (batches * args.batch)
+    return list(rows[::every][: batches * args.batch].to(DEVICE).split(args.batch))
 
 
 class Progress:
     """One line, rewritten in a terminal; elsewhere a new one every 20 seconds."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: float):
         self.total = total
-        self.done = 0
+        self.done = 0.0
         self.began = time.perf_counter()
         self.shown = self.began
 
-    def advance(self, what: str) -> None:
-        self.done += 1
+    def advance(self, what: str, work: float = 1.0) -> None:
+        self.done += work
         now = time.perf_counter()
         left = (now - self.began) * (self.total / self.done - 1)
-        line = f"[{self.done}/{self.total}] {left:4.0f} s left; {what}"
+        line = f"[{self.done / self.total:4.0%}] {left:5.0f} s left in all; {what}"
         if sys.stdout.isatty():
             print(f"\r{line:<98.98}", end="", flush=True)
         elif now - self.shown > 20:
@@ -312,7 +316,7 @@ class Progress:
             print(line, flush=True)
 
 
-# ---------------------------------------------------------------------------- one run
+# ---------------------------------------------------------------------------- the runs
 
 
 @dataclass
@@ -321,6 +325,17 @@ class Job:
     freeze_A: bool
     lr: float
     seed: int
+    updates: int  # what the start costs included
+
+
+@dataclass
+class Start:
+    """What a start has found."""
+
+    tensors: dict[str, Tensor]  # to be trained, by parameter name
+    step: float
+    seconds: float
+    loss: float  # on test text
 
 
 @dataclass
@@ -328,411 +343,515 @@ class Run(Job):
     loss_start: float  # on test text, as loss_test
     loss_dev: float
     loss_test: float
-    cost_steps: int  # what the start costs by rule
-    clock_steps: float  # and by the clock, in training steps
+    step: float  # that the start has chosen
+    tokens: int  # that it was fitted to
+    cost: int  # in updates, by rule
+    clock: float  # and by the clock, in updates of a single run
 
 
-@dataclass
-class Start:
-    factors: dict[str, tuple[Tensor, Tensor]]  # B and A of every adapter
-    seconds: float
-    loss_dev: float
-    loss_test: float
+def losses(model: nn.Module, stacked: dict[str, Tensor], batch: Tensor) -> Tensor:
+    """The loss of each run (runs,). `stacked` holds each trained tensor of all runs (runs, …).
+
+    The batch is one for all runs (N, T + 1), or one for each (runs, N, T + 1).
+    """
+
+    def loss_of_one(tensors: dict[str, Tensor], batch: Tensor) -> Tensor:
+        return loss_fn(functools.partial(torch.func.functional_call, model, tensors), batch)
+
+    shared = batch.dim() == 2
+    return torch.vmap(loss_of_one, in_dims=(0, None if shared else 0))(stacked, batch)
 
 
-def cost_steps(method: str, args: argparse.Namespace) -> int:
-    """What a start costs, in training steps: they are taken off its training."""
-    if method == "hrp":
-        return args.preheat_steps
-    if method in ("gradient_svd", "lora_da", "cntlora"):
-        return args.calibration + SEARCH_STEPS
-    return 0
+@torch.no_grad()
+def evaluate(model: nn.Module, stacked: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
+    """The mean loss of each run (runs,) on a held-out text."""
+    return torch.stack([losses(model, stacked, batch) for batch in batches]).mean(dim=0)
+
+
+@torch.no_grad()
+def adam_step(
+    optimizer: torch.optim.Optimizer, stacked: dict[str, Tensor], rates: dict[str, Tensor]
+) -> None:
+    """A step of Adam with a rate for each run: it is taken at rate 1, and each run gets its share.
+
+    Adam's steps are proportional to the rate, and its moments do not depend on it.
+    """
+    before = {name: tensor.clone() for name, tensor in stacked.items()}
+    optimizer.step()
+    for name, tensor in stacked.items():
+        tensor.copy_(before[name].lerp(tensor, rates[name]))
 
 
 class Experiment:
-    """What a process needs to carry out runs: one adapted model, whose factors are set anew."""
+    """A model with adapters, and the batches of a text."""
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, old: Tensor | None, new: dict[str, Tensor]
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        old: Tensor | None,
+        new: dict[str, Tensor],
+        progress: Progress,
     ):
         self.args = args
-        self.dev = windows(new["dev"], args)
-        self.test = windows(new["test"], args)
-        self.old = None if old is None else draw(old, args.calibration, 1, args)
-        self.batches = [draw_training(new["train"], seed, args) for seed in range(args.seeds)]
-        self.base = None if args.model else copy.deepcopy(model)  # for full fine-tuning
+        self.progress = progress
+        self.dev = held_out(new["dev"], args)
+        self.test = held_out(new["test"], args)
+        self.old = None if old is None else list(draw(old, args.fit, 1, args))
+        self.batches = []  # of each seed: (updates, batch, context + 1)
+        for seed in range(args.seeds):
+            different = draw(new["train"], args.train_batches or args.updates, 100 + seed, args)
+            rounds = math.ceil(args.updates / len(different))
+            self.batches.append(different.repeat(rounds, 1, 1)[: args.updates])
         self.model = model
         self.adapters = lora_init.add_lora(model, args.rank, targets=args.targets)
-        self.start = None
-        self.start_of = None  # its method and seed
+        self.no_adapter = self.loss(self.test)
+        self.seconds = seconds_per_update(model, self.batches[0][0])
 
-    def run(self, job: Job) -> Run:
-        cost = cost_steps(job.method, self.args)
-        batches = self.batches[job.seed][cost:]
-        if job.method == "none":
-            batches = []
-        if job.method == "full":
-            model = copy.deepcopy(self.base).requires_grad_(True)
-            start = Start({}, 0.0, evaluate(model, self.dev), evaluate(model, self.test))
-        else:
-            model = self.model
-            start = self.set_start(job.method, job.seed)
-            for adapter in self.adapters.values():
-                adapter.lora_A.requires_grad_(not job.freeze_A)
+    def carry_out(self, jobs: list[Job]) -> list[Run]:
+        """The jobs of one method, side by side."""
+        method = jobs[0].method
+        updates = cost(method, self.args)  # they go to the start
+        starts = {seed: self.find_start(method, seed) for seed in {job.seed for job in jobs}}
+        trained_by_job = torch.tensor([not job.freeze_A for job in jobs], device=DEVICE)
+        rate_by_job = torch.tensor([job.lr for job in jobs], device=DEVICE)
+        stacked = {}
+        rates = {}
+        for name in starts[jobs[0].seed].tensors:
+            tensors = [starts[job.seed].tensors[name] for job in jobs]
+            stacked[name] = torch.stack(tensors).requires_grad_()  # (runs, …)
+            rate = rate_by_job * trained_by_job if name.endswith("lora_A") else rate_by_job
+            rates[name] = rate[:, None, None]
+        batches = torch.stack([self.batches[job.seed] for job in jobs], dim=1)[updates:]
 
+        loss_dev = torch.full((len(jobs),), math.inf, device=DEVICE)
+        loss_test = loss_dev
         few_data = self.args.train_batches is not None
-        loss_dev = start.loss_dev
-        loss_test = start.loss_test
-        times = []
-        for seconds in training_steps(model, batches, job.lr):
-            times.append(seconds)
-            at_end = len(times) == len(batches)
-            if at_end or (few_data and len(times) % CHECK_EVERY == 0):
-                loss = evaluate(model, self.dev)
-                if loss < loss_dev or not few_data:  # where data is few, keep the best checkpoint
-                    loss_dev = loss
-                    loss_test = evaluate(model, self.test)
-        clock_steps = start.seconds / statistics.median(times) if times else 0.0
-        return Run(
-            **asdict(job),
-            loss_start=start.loss_test,
-            loss_dev=loss_dev,
-            loss_test=loss_test,
-            cost_steps=cost,
-            clock_steps=clock_steps,
-        )
+        optimizer = torch.optim.Adam(stacked.values(), lr=1.0)
+        schedule = linear_schedule(optimizer, len(batches), warmup=len(batches) // 20)
+        for update, batch in enumerate(batches, start=1):
+            optimizer.zero_grad()
+            losses(self.model, stacked, batch).sum().backward()
+            adam_step(optimizer, stacked, rates)
+            schedule.step()
+            self.progress.advance(f"{method}, seeds {sorted(starts)}", work=len(jobs))
+            at_end = update == len(batches)
+            if at_end or (few_data and update % CHECK_EVERY == 0):
+                loss = evaluate(self.model, stacked, self.dev)
+                better = loss < loss_dev if few_data else torch.ones_like(loss).bool()
+                loss_dev = loss.where(better, loss_dev)
+                loss_test = evaluate(self.model, stacked, self.test).where(better, loss_test)
+        self.progress.advance(f"{method}, seeds {sorted(starts)}", work=updates * len(jobs))
 
-    def set_start(self, method: str, seed: int) -> Start:
-        """Give the adapters the start's factors; the runs of one start come one after another."""
-        if self.start_of != (method, seed):
-            began = clock()
-            self.find_start(method, seed)
-            seconds = clock() - began
-            factors = {}
-            for name, adapter in self.adapters.items():
-                factors[name] = (adapter.lora_B.detach().clone(), adapter.lora_A.detach().clone())
-            losses = (evaluate(self.model, self.dev), evaluate(self.model, self.test))
-            self.start = Start(factors, seconds, *losses)
-            self.start_of = (method, seed)
-        self.set_factors(self.start.factors)
-        return self.start
+        finished = []
+        for i, job in enumerate(jobs):
+            start = starts[job.seed]
+            run = Run(
+                **asdict(job),
+                loss_start=start.loss,
+                loss_dev=loss_dev[i].item(),
+                loss_test=loss_test[i].item(),
+                step=start.step,
+                tokens=fit(method, self.args) * self.tokens_of_a_batch(),
+                cost=updates,
+                clock=start.seconds / self.seconds,
+            )
+            finished.append(run)
+        return finished
 
-    def set_factors(self, factors: dict[str, tuple[Tensor, Tensor]], step: float = 1.0) -> None:
-        for name, adapter in self.adapters.items():
-            B, A = factors[name]
-            adapter.set_factors(step * B, A)
+    @torch.no_grad()
+    def loss(self, batches: list[Tensor]) -> float:
+        """Of the model with the adapters that it has now, on batches of one size."""
+        return statistics.fmean(loss_fn(self.model, batch).item() for batch in batches)
 
-    def find_start(self, method: str, seed: int) -> None:
-        args = self.args
-        batches = self.batches[seed]
-        look = batches[: args.calibration + 1]  # the last one chooses the step
+    def tokens_of_a_batch(self) -> int:
+        return self.args.batch * self.args.context
+
+    def find_start(self, method: str, seed: int) -> Start:
+        kind = method.partition(":")[0]
         torch.manual_seed(seed)
-        for adapter in self.adapters.values():  # plain LoRA
-            nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(adapter.lora_B)
-        if method == "orthonormal":
+        for adapter in self.adapters.values():
+            adapter.reset_parameters()  # plain LoRA
+        began = clock()
+        step = self.set_factors(kind, fit(method, self.args), seed)
+        seconds = clock() - began
+        tensors = {}
+        for name, adapter in self.adapters.items():
+            tensors[f"{name}.lora_A"] = adapter.lora_A.detach().clone()
+            tensors[f"{name}.lora_B"] = adapter.lora_B.detach().clone()
+        return Start(tensors, step, seconds, self.loss(self.test))
+
+    def set_factors(self, kind: str, fitted: int, seed: int) -> float:
+        """Give the adapters the factors of a start; returns the step that it has chosen."""
+        batches = self.batches[seed]
+        look = batches[: fitted + 1]  # the last one chooses the step
+        if kind == "orthonormal":
             for adapter in self.adapters.values():
                 nn.init.orthogonal_(adapter.lora_A)
-        elif method == "gradient_svd":
-            self.find_gradient_svd(look[:-1], look[-1])
-        elif method == "lora_da":
-            different = batches[: args.train_batches]
-            n_train = len(different) * batches[0][:, 1:].numel()
-            lora_init.init_lora_da(self.model, look, loss_fn, n_train=n_train)
-        elif method == "hrp":
-            preheat = batches[: args.preheat_steps]
-            lora_init.init_hrp(self.model, preheat, loss_fn, lr=args.preheat_lr, seed=seed)
-        elif method == "cntlora":
-            lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
+        elif kind == "white":
+            self.set_white(look[:-1])
+        elif kind == "gradient_svd":
+            return self.set_gradient_svd(look[:-1], look[-1])
+        elif kind == "lora_da":
+            n_train = (self.args.train_batches or self.args.updates) * self.tokens_of_a_batch()
+            return lora_init.init_lora_da(self.model, look, loss_fn, n_train=n_train)
+        elif kind == "hrp":
+            preheat = batches[: fitted + SEARCH]  # as many updates as the other starts cost
+            lora_init.init_hrp(self.model, preheat, loss_fn, seed=seed)
+        elif kind == "cntlora":
+            return lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
+        return 1.0
 
-    def find_gradient_svd(self, batches: list[Tensor], held_out: Tensor) -> None:
-        """The rank-r part of −G, times the best of twelve steps, as many as LoRA-DA tries.
+    def set_white(self, batches: Tensor) -> None:
+        """Plain LoRA's random A in the basis of `lora_da`: what the basis alone does."""
+        means = lora_init.collect_statistics(
+            self.model, self.adapters, batches, loss_fn, backward=False
+        )
+        for name, adapter in self.adapters.items():
+            Z = means[name].input_moment
+            adapter.set_factors(*lora_init.white_basis(adapter.lora_B, adapter.lora_A, Z))
+
+    def set_gradient_svd(self, batches: Tensor, held_out_batch: Tensor) -> float:
+        """LoRA-DA with Z = I and Y = 1: the part of rank r of −G, and the best of fourteen steps.
 
         −G has not been divided by a curvature, so that its steps are longer.
         """
         means = lora_init.collect_statistics(self.model, self.adapters, batches, loss_fn)
-        r = self.args.rank
         factors = {}
         for name in self.adapters:
-            U, S, V_t = torch.linalg.svd(means[name].gradient, full_matrices=False)
-            factors[name] = (-U[:, :r] * S[:r], V_t[:r])
-        losses = {}
-        for step in [0.0] + [4.0**k for k in range(-2, 9)]:
-            self.set_factors(factors, step)
-            losses[step] = evaluate(self.model, [held_out])
-        self.set_factors(factors, min(losses, key=losses.get))
+            G = means[name].gradient
+            Z = torch.eye(G.shape[1], device=DEVICE)
+            Y = torch.ones(len(G), device=DEVICE)
+            factors[name] = lora_init.lora_da(G, Z, Y, self.args.rank, 1, variance=0, damping=0)
+
+        def loss_at(step: float) -> float:
+            for name, adapter in self.adapters.items():
+                B, A = factors[name]
+                adapter.set_factors(step * B, A)
+            return self.loss([held_out_batch])
+
+        found = {step: loss_at(step) for step in [0.0] + [4.0**k for k in range(-4, 9)]}
+        best = min(found, key=found.__getitem__)
+        loss_at(best)
+        return best
 
 
-# ---------------------------------------------------------------------------- all runs
-
-EXPERIMENT = None  # of this process
-
-
-def set_up(args: argparse.Namespace, *given: object) -> None:
-    global EXPERIMENT
-    if args.processes > 1:
-        torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process answers Ctrl-C
-    EXPERIMENT = Experiment(args, *given)
-
-
-def carry_out(job: Job) -> Run:
-    return EXPERIMENT.run(job)
-
-
-def all_jobs(args: argparse.Namespace) -> list[Job]:
-    jobs = [Job("none", True, 0.0, 0)]
-    for seed in range(args.seeds):
+def all_jobs(args: argparse.Namespace) -> list[list[Job]]:
+    """The jobs in the order of their work: the jobs of an inner list run side by side."""
+    groups = []
+    seeds = list(range(args.seeds))
+    together = [seeds] if DEVICE.type == "cuda" else [[seed] for seed in seeds]
+    for chosen in together:
         for method in args.methods:
-            for freeze_A in [False] if method == "full" else [True, False]:
+            jobs = []
+            for seed in chosen:
                 for lr in args.rates:
-                    rate = lr * FULL_RATE if method == "full" else lr
-                    jobs.append(Job(method, freeze_A, rate, seed))
-    return jobs
+                    jobs.append(Job(method, True, lr, seed, args.updates))
+                    jobs.append(Job(method, False, lr * TRAINED_RATE, seed, args.updates))
+            groups.append(jobs)
+    return groups
 
 
-def compare(args: argparse.Namespace, *given: object) -> list[Run]:
-    """All runs, shared by processes; after Ctrl-C those that are finished."""
-    jobs = all_jobs(args)
-    progress = Progress(len(jobs))
-    runs = []
-    pool = None
-    try:
-        if args.processes > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = context.Pool(args.processes, set_up, (args, *given))
-            finished = pool.imap_unordered(carry_out, jobs)
-        else:
-            set_up(args, *given)
-            finished = map(carry_out, jobs)
-        for run in finished:
-            runs.append(run)
-            frozen = "frozen" if run.freeze_A else "trained"
-            what = f"{run.method}, A {frozen}, rate {run.lr:g}, seed {run.seed}"
-            progress.advance(f"{what}: {run.loss_test:.4f}")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(runs)} of {len(jobs)} runs are finished, and count")
-    finally:
-        if pool:
-            pool.terminate()
-    order = ["none", *METHODS]
-    return sorted(runs, key=lambda run: (order.index(run.method), run.lr, run.seed))
+# ---------------------------------------------------------------------------- the file of runs
+
+
+def read_runs(args: argparse.Namespace) -> list[Run]:
+    """The runs of an earlier call, if they were made by this code with these settings."""
+    if not args.json or not Path(args.json).exists():
+        return []
+    header, *lines = Path(args.json).read_text(encoding="utf-8").splitlines()
+    if json.loads(header) != settings(args):
+        sys.exit(f"{args.json} holds runs of other code or settings: delete it, or name another")
+    return [Run(**json.loads(line)) for line in lines]
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """All that changes a run and is not written in it."""
+    code = Path(__file__).read_bytes() + Path(lora_init.__file__).read_bytes()
+    names = ["model", "text", "targets", "rank", "context", "batch", "train_batches"]
+    found = {name: getattr(args, name) for name in [*names, "pretrain_updates"]}
+    return {
+        **found,
+        "code": hashlib.sha256(code).hexdigest(),
+        "torch": torch.__version__,
+        "device": DEVICE.type,
+    }
+
+
+def write_line(args: argparse.Namespace, content: dict[str, object]) -> None:
+    if args.json:
+        with Path(args.json).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
 
 
 # ---------------------------------------------------------------------------- the report
 
-
-class Results:
-    """The runs of one setting, by method, rate and seed."""
-
-    def __init__(self, runs: list[Run], freeze_A: bool):
-        self.setting = "frozen" if freeze_A else "trained"
-        self.none = next(run.loss_test for run in runs if run.method == "none")
-        self.full = {}  # {rate: {seed: run}}
-        self.cells = {}  # {method: {rate: {seed: run}}}
-        for run in runs:
-            if run.method == "full":
-                self.full.setdefault(run.lr, {})[run.seed] = run
-            elif run.method != "none" and run.freeze_A == freeze_A:
-                row = self.cells.setdefault(run.method, {})
-                row.setdefault(run.lr, {})[run.seed] = run
-
-    def best_loss(self, method: str) -> float:
-        row = self.cells[method]
-        return mean(row[best_rate(row)], "loss_test")
+Cell = dict[int, Run]  # the runs of one method at one rate, by seed
+Rows = dict[str, dict[float, Cell]]  # by method and rate
 
 
-def mean(runs: dict[int, Run], name: str) -> float:
-    return statistics.fmean(getattr(run, name) for run in runs.values())
+def rows_of(runs: list[Run], freeze_A: bool, updates: int) -> Rows:
+    rows = {}
+    for run in runs:
+        if run.freeze_A == freeze_A and run.updates == updates:
+            rows.setdefault(run.method, {}).setdefault(run.lr, {})[run.seed] = run
+    return rows
 
 
-def best_rate(row: dict[float, dict[int, Run]]) -> float:
+def mean(cell: Cell, name: str) -> float:
+    return statistics.fmean(getattr(run, name) for run in cell.values())
+
+
+def best_rate(row: dict[float, Cell]) -> float:
     """The rate with the least mean loss on development text."""
     return min(row, key=lambda lr: mean(row[lr], "loss_dev"))
+
+
+def best_cell(row: dict[float, Cell]) -> Cell:
+    return row[best_rate(row)]
 
 
 @dataclass
 class Difference:
     """Test loss minus plain LoRA's, paired by seed, with half of a 95 % interval."""
 
-    method: str
     mean: float
-    half: float
-    cost_steps: int
+    half: float = math.inf  # one or two seeds prove nothing
 
     def __str__(self) -> str:
-        return (
-            f"{self.mean:+.4f} ± {self.half:.4f}" if self.half < math.inf else f"{self.mean:+.4f}"
-        )
+        if self.half == math.inf:
+            return f"{self.mean:+.4f}         "
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+    def word(self) -> str:
+        if abs(self.mean) > self.half:
+            return "below" if self.mean < 0 else "above"
+        return ""
 
 
-def differences(results: Results, lr: float | None = None) -> dict[str, Difference]:
-    """The differences of all methods at the rate `lr`, or of each at its best rate."""
-    found = {}
-    for method, row in results.cells.items():
-        lora = results.cells["lora"]
-        ours = row.get(lr or best_rate(row), {})
-        theirs = lora.get(lr or best_rate(lora), {})
-        gaps = [ours[seed].loss_test - theirs[seed].loss_test for seed in ours if seed in theirs]
-        if method == "lora" or not gaps:
-            continue
-        half = math.inf  # one or two seeds prove nothing
-        if len(gaps) in T_95:
-            half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-        cost = next(iter(ours.values())).cost_steps
-        found[method] = Difference(method, statistics.fmean(gaps), half, cost)
-    return found
+def difference(ours: Cell, plain: Cell) -> Difference:
+    gaps = [ours[seed].loss_test - plain[seed].loss_test for seed in ours if seed in plain]
+    if len(gaps) not in T_95:
+        return Difference(statistics.fmean(gaps) if gaps else math.nan)
+    half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Difference(statistics.fmean(gaps), half)
 
 
-def verdict(found: dict[str, Difference]) -> str:
-    """What the intervals say, in words."""
-    groups = {"Clearly below plain LoRA": [], "Clearly above it": [], "Not clearly different": []}
-    for difference in found.values():
-        if abs(difference.mean) <= difference.half:
-            group = "Not clearly different"
-        elif difference.mean < 0:
-            group = "Clearly below plain LoRA"
-        else:
-            group = "Clearly above it"
-        groups[group].append(f"{difference.method} ({difference.cost_steps} steps)")
-    return " ".join(f"{group}: {', '.join(names) or 'none'}." for group, names in groups.items())
-
-
-def print_losses(results: Results, rates: list[float]) -> None:
-    print(f"{'':<13}" + "".join(f"{rate:>9g}" for rate in rates))
-    for method, row in results.cells.items():
-        line = f"{method:<13}"
+def print_losses(rows: Rows, seeds: int) -> None:
+    rates = sorted({rate for row in rows.values() for rate in row})
+    print(f"{'':<14}" + "".join(f"{rate:>10g}" for rate in rates))
+    for method, row in rows.items():
+        line = f"{method:<14}"
         for rate in rates:
-            cell = ""
-            if rate in row:
-                mark = "*" if rate == best_rate(row) else " "
-                cell = f"{mean(row[rate], 'loss_test'):.4f}{mark}"
-            line += f"{cell:>9}"
+            cell = row.get(rate, {})
+            loss = f"{mean(cell, 'loss_test'):.4f}" if cell else ""
+            best = "*" if rate == best_rate(row) else " "
+            fewer = "~" if 0 < len(cell) < seeds else " "
+            line += f"{loss:>8}{best}{fewer}"
         print(line)
-    print("* its best rate by development text")
-    line = f"no adapter: {results.none:.4f}"
-    if results.full:
-        rate = best_rate(results.full)
-        loss = mean(results.full[rate], "loss_test")
-        line += f"; full fine-tuning: {loss:.4f} at its best rate {rate:g}"
-    print(line)
+    print(f"* its best rate by development text; ~ fewer than {seeds} seeds")
 
 
-def print_differences(results: Results, quarter: float, gap: float | None) -> None:
-    at_best = differences(results)
-    at_quarter = differences(results, quarter)
-    print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss and its cost")
-    header = f"{'':<13}{'best rates':>18}{f'all at {quarter:g}':>18}{'start':>9}"
-    header += f"{'cost':>6}{'clock':>7}"
-    print(header + (f"{'gap closed':>12}" if gap else ""))
-    for method, difference in at_best.items():
-        row = results.cells[method]
-        best = row[best_rate(row)]
-        clock_steps = statistics.median(run.clock_steps for run in best.values())
-        line = f"{method:<13}{str(difference):>18}{str(at_quarter.get(method, '')):>18}"
-        line += f"{mean(best, 'loss_start'):9.4f}{difference.cost_steps:6}{clock_steps:7.1f}"
-        if gap:
-            won = results.best_loss("lora") - results.best_loss(method)
-            line += f"{won / gap:12.0%}"
-        print(line)
-    best = f"A {results.setting}, each method at its best rate (plain LoRA's is {4 * quarter:g})."
-    print("\n" + textwrap.fill(f"{best} {verdict(at_best)}", 98))
-    if at_quarter:
-        same = f"A {results.setting}, all at {quarter:g}, a quarter of plain LoRA's best rate."
-        print("\n" + textwrap.fill(f"{same} {verdict(at_quarter)}", 98))
+def print_differences(rows: Rows, setting: str, gap: float) -> None:
+    """Each method minus plain LoRA, at the best rates and at a quarter of plain LoRA's."""
+    lora = rows["lora"]
+    quarter = best_rate(lora) / 4
+    titles = ["best rates", f"all at {quarter:g}"]
+    found = {title: {} for title in titles}
+    print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss, its cost")
+    line = "".join(f"{title:>17}{'':6}" for title in titles)
+    print(f"{'':<14}{line}{'start':>7}{'cost':>6}{'clock':>7}{'gap closed':>12}")
+    for method, row in rows.items():
+        if method == "lora":
+            continue
+        best = best_cell(row)
+        found[titles[0]][method] = difference(best, best_cell(lora))
+        if quarter in lora and quarter in row:
+            found[titles[1]][method] = difference(row[quarter], lora[quarter])
+        line = f"{method:<14}"
+        for title in titles:
+            gaps = found[title].get(method)
+            line += f"{gaps!s:>17} {gaps.word():<5}" if gaps else " " * 23
+        run = next(iter(best.values()))
+        by_clock = statistics.median(run.clock for run in best.values())
+        line += f"{mean(best, 'loss_start'):7.4f}{run.cost:6}{by_clock:7.1f}"
+        won = mean(best_cell(lora), "loss_test") - mean(best, "loss_test")
+        print(line + f"{won / gap:12.0%}")
+    for title, column in found.items():
+        for word in ("below", "above"):
+            names = [method for method, gaps in column.items() if gaps.word() == word]
+            if names:
+                print(f"{setting}, {title}: clearly {word} plain LoRA: {', '.join(names)}.")
+        if column and not any(gaps.word() for gaps in column.values()):
+            print(f"{setting}, {title}: no method is clearly different from plain LoRA.")
 
 
-def report(runs: list[Run], args: argparse.Namespace) -> None:
-    frozen = Results(runs, freeze_A=True)
-    trained = Results(runs, freeze_A=False)
-    gap = None  # what freezing A costs plain LoRA
-    if "lora" in frozen.cells and "lora" in trained.cells:
-        gap = frozen.best_loss("lora") - trained.best_loss("lora")
-    for results in (frozen, trained):
-        unit = "token" if args.model else "byte"
-        print(f"\n\nA {results.setting}: test loss in nats per {unit}, by learning rate")
-        print_losses(results, args.rates)
-        if "lora" in results.cells:
-            quarter = best_rate(results.cells["lora"]) / 4
-            print_differences(results, quarter, gap if results is frozen else None)
-    print(
-        "\ncost, also in brackets: steps taken off for the start; clock: what the start took here"
-    )
-    if gap:
-        print(f"gap closed: of the {gap:.4f} between plain LoRA with A frozen and with A trained")
+def print_steps(rows: Rows) -> None:
+    """The steps that the starts have chosen, with a word where the search was at its end."""
+    for method, row in rows.items():
+        kind = method.partition(":")[0]
+        if kind in ("gradient_svd", "lora_da", "cntlora"):
+            steps = [run.step for _, run in sorted(best_cell(row).items())]
+            line = f"{method} chose the steps {', '.join(f'{step:.3g}' for step in steps)}"
+            if 0 in steps:
+                line += "; 0 keeps only A, as no step lowered the loss held out"
+            if kind != "gradient_svd" and max(steps) >= 16:
+                line += "; 16 and more is the end of the search"
+            print(line)
 
 
-def plot(runs: list[Run], file: str) -> None:
-    import matplotlib.figure
+def report(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
+    frozen = rows_of(runs, True, args.updates)
+    trained = rows_of(runs, False, args.updates)
+    gap = math.nan  # what freezing A costs plain LoRA
+    if "lora" in frozen and "lora" in trained:
+        losses_ = [mean(best_cell(rows["lora"]), "loss_test") for rows in (frozen, trained)]
+        gap = losses_[0] - losses_[1]
+    for setting, rows in {"A frozen": frozen, "A trained": trained}.items():
+        print(f"\n\n{setting}: test loss in nats per token, by learning rate")
+        print_losses(rows, args.seeds)
+        if "lora" in rows and len(rows) > 1:
+            print_differences(rows, setting, gap)
+    print()
+    print_steps(frozen)
+    print(f"no adapter: {no_adapter:.4f}")
+    print("cost: updates taken off for the start; clock: what it took here, in updates")
+    print(f"gap closed: of the {gap:.4f} between plain LoRA with A frozen and with A trained")
+    print("about one in twenty of all these intervals is wrong by chance")
+
+
+# ---------------------------------------------------------------------------- the figure
+
+Lines = dict[str, dict[float, list[float]]]  # the losses of all seeds, by label and x
+
+
+def against_rate(runs: list[Run], freeze_A: bool, args: argparse.Namespace) -> Lines:
+    """A line a method."""
+    lines = {}
+    for method, row in rows_of(runs, freeze_A, args.updates).items():
+        label = "plain LoRA" if method == "lora" else method
+        lines[label] = {lr: [run.loss_test for run in row[lr].values()] for lr in row}
+    return lines
+
+
+def against_tokens(runs: list[Run], freeze_A: bool) -> Lines:
+    """For each job length plain LoRA, which fits none, and the methods fitted to some tokens."""
+    lines = {}
+    for updates in sorted({run.updates for run in runs}):
+        for method, row in rows_of(runs, freeze_A, updates).items():
+            cell = best_cell(row)
+            kind, fitted, _ = method.partition(":")
+            found = [run.loss_test for run in cell.values()]
+            if fitted:
+                tokens = next(iter(cell.values())).tokens
+                lines.setdefault(f"{kind}, {updates:,} updates", {})[tokens] = found
+            elif kind == "lora":
+                ends = (
+                    min(run.tokens for run in runs if run.tokens),
+                    max(run.tokens for run in runs),
+                )
+                lines[f"plain LoRA, {updates:,} updates"] = dict.fromkeys(ends, found)
+    return lines
+
+
+def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
+    """Two panels, A frozen and A trained; bands span all seeds."""
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "lora"  # the same runs give the same bytes
-    figure = matplotlib.figure.Figure(figsize=(9, 4.4), layout="constrained")
+    colors = ["black", "tab:red", "tab:purple", "tab:blue", "tab:green", "gray", "tab:orange"]
+    styles = cycler(color=colors)
+    styles += cycler(linestyle=["-", "-", "-.", ":", "--", ":", "--"])
+    styles += cycler(marker=["o", "D", "v", "P", "^", "s", "x"])
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    lowest = min(run.loss_test for run in runs if run.method != "full")
+    by_tokens = any(":" in run.method for run in runs)
+    lowest = no_adapter
     for panel, freeze_A in zip(panels, (True, False), strict=True):
-        results = Results(runs, freeze_A)
-        for method, row in results.cells.items():
-            rates = sorted(row)
-            losses = [[run.loss_test for run in row[rate].values()] for rate in rates]
-            color = "black" if method == "lora" else f"C{METHODS.index(method)}"
-            means = [statistics.fmean(of_seeds) for of_seeds in losses]
-            lows = [min(of_seeds) for of_seeds in losses]
-            highs = [max(of_seeds) for of_seeds in losses]
-            panel.plot(rates, means, marker="o", markersize=3, color=color, label=method)
-            panel.fill_between(rates, lows, highs, color=color, alpha=0.12, linewidth=0)
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
-        panel.axhline(results.none, color="gray", linestyle="--", label="no adapter")
-        room = results.none - lowest
-        panel.set_ylim(lowest - 0.1 * room, results.none + 0.2 * room)
-        panel.set_xlabel("learning rate")
-        panel.set_title(f"A {results.setting}")
-    panels[0].set_ylabel("test loss, nats (band: all seeds)")
+        panel.set_prop_cycle(styles)
+        lines = against_tokens(runs, freeze_A) if by_tokens else against_rate(runs, freeze_A, args)
+        for label, points in lines.items():
+            x = sorted(points)
+            means = [statistics.fmean(points[value]) for value in x]
+            (line,) = panel.plot(x, means, markersize=4, label=label)
+            lows = [min(points[value]) for value in x]
+            highs = [max(points[value]) for value in x]
+            panel.fill_between(x, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
+            lowest = min(lowest, *lows)
+        panel.axhline(no_adapter, color="gray", linewidth=0.8, label="no adapter")
+        panel.set_xscale("log", base=2)
+        ticks = sorted({value for points in lines.values() for value in points})
+        panel.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45)
+        panel.set_xlabel("tokens fitted" if by_tokens else "learning rate")
+        panel.set_title(f"A {'frozen' if freeze_A else 'trained'}", fontsize="medium")
+    room = no_adapter - lowest
+    panels[0].set_ylim(lowest - 0.1 * room, no_adapter + 0.1 * room)
+    panels[0].set_ylabel("test loss, nats (bands: all seeds)")
+    updates = " and ".join(f"{n:,}" for n in sorted({run.updates for run in runs}))
+    figure.suptitle(f"{args.name}, rank {args.rank}, {updates} updates, start's cost included")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    figure.savefig(file, metadata={"Date": None} if file.endswith(".svg") else None)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(args.plot, metadata={"Date": None} if args.plot.endswith(".svg") else None)
 
 
-def prepare(args: argparse.Namespace) -> tuple[nn.Module, Tensor | None, dict[str, Tensor]]:
-    """The model, the old text's tokens, and the new text's."""
+# ---------------------------------------------------------------------------- the command
+
+
+def prepare(args: argparse.Namespace, work: float) -> Experiment:
+    """The model, pre-trained, and the texts; `work` is what the runs will take, in updates."""
+    old_documents, new_documents = read_texts(args)
     tokenizer = None
-    old_text, new_text = read_texts(args)
     if args.model:
-        model, tokenizer = load_hugging_face(args)
-    old = None if old_text is None else split(old_text, tokenizer, args)["train"]
-    new = split(new_text, tokenizer, args)
-    if not args.model:
-        model = pretrained(args, old)
-    return model, old, new
+        model, tokenizer = load_hugging_face(args.model)
+    else:
+        torch.manual_seed(0)
+        model = Transformer(args.width, args.layers, args.heads, args.context).to(DEVICE)
+    new = split(new_documents, tokenizer, args)
+    if args.model:
+        return Experiment(args, model.eval(), None, new, Progress(work))
+    old = split(old_documents, tokenizer, args)["train"]
+    progress = Progress(work + args.pretrain_updates)
+    pretrain(model, draw(old, args.pretrain_updates, 0, args), progress)
+    return Experiment(args, model.eval(), old, new, progress)
 
 
 def main() -> None:
     args = parse_args()
-    print(
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {args.device}, "
-        f"{args.processes} processes, seeds 0..{args.seeds - 1}",
-        flush=True,
-    )
+    runs = read_runs(args)
+    done = {(run.method, run.freeze_A, run.lr, run.seed, run.updates) for run in runs}
+    groups = [
+        [job for job in jobs if tuple(asdict(job).values()) not in done] for jobs in all_jobs(args)
+    ]
+    work = sum(len(jobs) * args.updates for jobs in groups)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {device}", flush=True)
     try:
-        model, old, new = prepare(args)
+        experiment = prepare(args, work)
+        parameters = sum(parameter.numel() for parameter in experiment.model.parameters())
+        print(
+            f"\n{parameters:,} parameters, adapters of rank {args.rank} on "
+            f"{','.join(args.targets)}; {args.updates} updates of\n{args.batch} x {args.context} "
+            f"tokens; starts are fitted to {args.fit} batches; seeds 0..{args.seeds - 1}; "
+            f"{torch.get_num_threads()} threads",
+            flush=True,
+        )
+        if not runs:
+            write_line(args, settings(args))
+        for jobs in filter(None, groups):
+            for run in experiment.carry_out(jobs):
+                runs.append(run)
+                write_line(args, asdict(run))
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted before the first run: there is nothing to compare yet")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"\n{parameters:,} parameters, adapters of rank {args.rank} on {','.join(args.targets)}; "
-        f"{args.steps} steps of\n{args.batch} x {args.context} tokens; starts are fitted to "
-        f"{args.calibration} batches; HRP preheats {args.preheat_steps} steps at "
-        f"{args.preheat_lr:g}",
-        flush=True,
-    )
-    runs = compare(args, model, old, new)
-    if args.json:
-        text = json.dumps({"runs": [asdict(run) for run in runs]}, indent=1)
-        Path(args.json).write_text(text, encoding="utf-8")
-    if any(run.method == "none" for run in runs):
-        report(runs, args)
-        if args.plot:
-            plot(runs, args.plot)
+        print(f"\ninterrupted: {len(runs)} runs are finished, and count")
+    if not runs:
+        return
+    order = {method: i for i, method in enumerate(args.methods)}
+    runs = sorted(runs, key=lambda run: (order.get(run.method, len(order)), run.lr, run.seed))
+    report(runs, experiment.no_adapter, args)
+    if args.plot:
+        plot(runs, experiment.no_adapter, args)
 
 
 if __name__ == "__main__":

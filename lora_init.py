@@ -215,7 +215,7 @@ def lora_da(
     n_fitted: float = math.inf,
     *,
     variance: float = 1.0,
-    damping: float = 0.1,
+    damping: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """LoRA-DA [2, Algorithm 1]: the A of least estimated error, bias² plus variance, and B in it.
 
@@ -229,8 +229,10 @@ def lora_da(
 
     and then another basis of the same B A (5). N is `n_train`, the number of different rows that
     fine-tuning will see, and M is `n_fitted`, infinite where the means are exact. A row is one x
-    with its label: in a language model, one token. With fewer rows than inputs Z is singular, so
-    Z + damping·mean(diag Z)·I and Y + damping·mean(Y) take the places of Z and Y throughout.
+    with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
+    Y + damping·mean(Y) take the places of Z and Y throughout. With fewer rows than inputs Z is
+    singular without it. The default, 1, is what trained best on a language model: with less, A
+    leans to directions in which inputs are rare and large, and Adam's updates become violent.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
@@ -272,9 +274,9 @@ def lora_da(
     5. Which basis? For any invertible R the factors B R⁻¹ and R A are the same start. Gradient
        descent and Adam treat them differently. We take the R for which the features are white,
        A Z Aᵀ = c·I, with c = mean(diag Z)/3: this is E(aᵀx)² for plain LoRA's random rows a, on
-       average over them, so that plain LoRA's learning rates fit. This step is ours.
+       average over them, so that plain LoRA's learning rates fit. This part is ours.
 
-    A frozen. Steps 1 to 3 project a fit of all W. The paper then fits B alone, which is another
+    A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
     estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no more and its bias no
     less, so that another A can be better for it. Given the inputs, row i of B̂ has the covariance
     (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ: complete A to an orthogonal matrix, and use that the
@@ -318,7 +320,7 @@ def lora_da(
     _, vectors = torch.linalg.eigh(omega)  # columns, by rising eigenvalue
     A = vectors[:, :rank].mT  # (r, in)
     B = delta @ A.mT  # (out, r)
-    return _white_basis(B, A, Z)
+    return white_basis(B, A, Z)
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
@@ -328,7 +330,8 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
 
 
-def _white_basis(B: Tensor, A: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+@_in_float32
+def white_basis(B: Tensor, A: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
     """The same BA in the basis with A Z Aᵀ = c·I, c = mean(diag Z)/3 (`lora_da`, 5)."""
     L = torch.linalg.cholesky(A @ Z @ A.mT)  # (r, r)
     c = Z.diagonal().mean() / 3
@@ -393,7 +396,7 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
        E‖y − x‖² = tr Z_f + tr Z_p − 2E[xᵀy], and 2xᵀy ≤ xᵀTx + yᵀT⁻¹y, as the difference is
        ‖T^½x − T^−½y‖². The mean of the right side is tr(TZ_f) + tr(T⁻¹Z_p) = 2 tr(TZ_f), the same
        for every such y. Only y = Tx makes both sides equal.
-    3. No other symmetric, positive definite map has T Z_f T = Z_p: by step 2 each of them would be
+    3. No other symmetric, positive definite map has T Z_f T = Z_p: by part 2 each of them would be
        the only one that moves x least.
 
     It is computed in float64, as the root of Lᵀ Z_p L loses half of the digits of its small
@@ -425,7 +428,7 @@ def cntlora(
     The derivation is ours. The abstract of [4] claims this much: initialization is a domain shift;
     several constraints relate pre-training and fine-tuning activations; a closed form follows,
     without training; it splits into factors of variable rank. The paper uses the pre-training
-    weights and fine-tuning activations only, so step 3 is nearer to it than a given Z_p.
+    weights and fine-tuning activations only, so part 3 is nearer to it than a given Z_p.
 
     1. Outputs: (W + ΔW)x shall have the second moments on fine-tuning inputs that Wx had on
        pre-training inputs: (W + ΔW) Z_f (W + ΔW)ᵀ = W Z_p Wᵀ.
@@ -462,7 +465,7 @@ def cntlora(
     V_r = vectors[:, -rank:].flip(1)  # (in, r), the largest first
     B = weighted @ V_r  # (out, r)
     A = torch.linalg.solve_triangular(L, V_r.mT, upper=False, left=False)  # V_rᵀ L⁻¹
-    return _white_basis(B, A, Z_f)
+    return white_basis(B, A, Z_f)
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
@@ -769,7 +772,7 @@ def init_lora_da(
     batches: Iterable,
     loss_fn: LossFunction,
     *,
-    damping: float = 0.1,
+    damping: float = 1.0,
     n_train: int | None = None,
     variance: float = 1.0,
     step: float | None = None,
