@@ -64,6 +64,7 @@ def parse_args() -> argparse.Namespace:
         help="lora_da:60 fits it to 60 batches, and so for each method that looks at data",
     )
     add("--rates", default="0.02,0.04,0.08,0.16", help="for A frozen; A trained takes a quarter")
+    add("--damping", type=float, default=1.0, help="of lora_da")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--train-batches", type=int, help="few data: that many batches, repeated over and over")
     add("--json", help="keep finished runs in this file, and go on from those that it holds")
@@ -365,7 +366,8 @@ def losses(model: nn.Module, stacked: dict[str, Tensor], batch: Tensor) -> Tenso
 @torch.no_grad()
 def evaluate(model: nn.Module, stacked: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
     """The mean loss of each run (runs,) on a held-out text."""
-    return torch.stack([losses(model, stacked, batch) for batch in batches]).mean(dim=0)
+    total = torch.stack([losses(model, stacked, batch) for batch in batches]).mean(dim=0)
+    return total.nan_to_num(nan=math.inf, posinf=math.inf)  # a run that has diverged
 
 
 @torch.no_grad()
@@ -494,7 +496,10 @@ class Experiment:
             return self.set_gradient_svd(look[:-1], look[-1])
         elif kind == "lora_da":
             n_train = (self.args.train_batches or self.args.updates) * self.tokens_of_a_batch()
-            return lora_init.init_lora_da(self.model, look, loss_fn, n_train=n_train)
+            damping = self.args.damping
+            return lora_init.init_lora_da(
+                self.model, look, loss_fn, n_train=n_train, damping=damping
+            )
         elif kind == "hrp":
             preheat = batches[: fitted + SEARCH]  # as many updates as the other starts cost
             lora_init.init_hrp(self.model, preheat, loss_fn, seed=seed)
@@ -568,7 +573,7 @@ def read_runs(args: argparse.Namespace) -> list[Run]:
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """All that changes a run and is not written in it."""
     code = Path(__file__).read_bytes() + Path(lora_init.__file__).read_bytes()
-    names = ["model", "text", "targets", "rank", "context", "batch", "train_batches"]
+    names = ["model", "text", "targets", "rank", "damping", "context", "batch", "train_batches"]
     found = {name: getattr(args, name) for name in [*names, "pretrain_updates"]}
     return {
         **found,

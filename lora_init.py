@@ -162,7 +162,7 @@ def _check_base(layer: nn.Linear, rank: int) -> None:
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         raise TypeError(f"{dtype} is complex; only real numbers are supported")
-    return torch.promote_types(torch.float32, dtype)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_rank(rank: int, *limits: int) -> None:
@@ -652,20 +652,23 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards, whatever happens, all modes and adapters are as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    scalings = [(layer, layer.scaling) for layer in lora_layers(model).values()]
-    factors = [(p, p.data, p.grad, p.requires_grad) for p in _factors(model)]
+    adapters = [(a, a.scaling, a.lora_A, a.lora_B) for a in lora_layers(model).values()]
     try:
         model.eval()
         yield
     finally:
         for module, training in modes:  # from the outside inwards
             module.train(training)
-        for layer, scaling in scalings:
-            layer.scaling = scaling
-        for factor, data, gradient, trained in factors:
-            factor.data = data
-            factor.grad = gradient
-            factor.requires_grad_(trained)
+        for adapter, scaling, A, B in adapters:
+            adapter.scaling = scaling
+            adapter.lora_A = A
+            adapter.lora_B = B
+
+
+def _lend_factors(adapter: LoRALinear, B: Tensor, A: Tensor) -> None:
+    """Give the adapter other Parameters, until `_as_found` puts its own ones back."""
+    adapter.lora_A = nn.Parameter(A.to(adapter.lora_A), requires_grad=False)
+    adapter.lora_B = nn.Parameter(B.to(adapter.lora_B))
 
 
 def _check_loss(loss: Any) -> None:
@@ -807,7 +810,8 @@ def init_lora_da(
     factors = {}
     for group in _groups(adapters, layers_per_pass):
         statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
-        for name, means in statistics.items():
+        for name in group:
+            means = statistics.pop(name)  # to free its memory
             with _naming(name):
                 factors[name] = lora_da(
                     means.gradient,
@@ -859,7 +863,7 @@ def init_cntlora(
             rank = layer.rank
             if rank_budget is not None:
                 rank = min(layer.in_features, layer.out_features)
-            moments = [statistics[name].input_moment for statistics in passes]
+            moments = [statistics.pop(name).input_moment for statistics in passes]
             with _naming(name):
                 B, A = cntlora(layer.base_weight, *moments, rank=rank, damping=damping)
             factors[name] = (B, A)
@@ -901,9 +905,9 @@ def init_hrp(
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = torch.empty(high, layer.in_features, device="cpu")
             nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
-            layer.set_factors(torch.zeros(layer.out_features, high), A_high)
+            _lend_factors(layer, torch.zeros(layer.out_features, high), A_high)
             layer.scaling = 1.0
-            trained.append(layer.lora_B.requires_grad_(True))
+            trained.append(layer.lora_B)
         optimizer = torch.optim.Adam(trained, lr)
         for batch in batches:
             loss = loss_fn(model, batch)
@@ -973,9 +977,14 @@ def _start(
     """Set every adapter's factors so that ΔW = step·BA, and return the step."""
     if step is None:
         step = _best_step(model, factors, held_out, loss_fn)
-    for name, layer in lora_layers(model).items():
+    adapters = lora_layers(model)
+    for name, layer in adapters.items():
         B, A = factors[name]
-        layer.set_factors(step / layer.scaling * B, A)
+        factors[name] = (step / layer.scaling * B, A)
+        with _naming(name):
+            _check_finite("B", factors[name][0])
+    for name, layer in adapters.items():  # only now, so that all layers change or none
+        layer.set_factors(*factors[name])
     return step
 
 
@@ -1002,7 +1011,7 @@ def _best_step(
 
     with _as_found(model):
         for name, layer in adapters.items():
-            layer.set_factors(*factors[name])
+            _lend_factors(layer, *factors[name])
         for t in [0.0] + [4.0**k for k in range(-8, 3)]:
             try_step(t)
         best = min(losses, key=losses.__getitem__)
@@ -1012,6 +1021,6 @@ def _best_step(
     if best >= 16:
         warnings.warn(
             f"step {best:g} is the end of the search: is loss_fn a mean of −log p over rows?",
-            stacklevel=4,
+            stacklevel=6,
         )
     return best
