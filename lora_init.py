@@ -135,8 +135,9 @@ class LoRALinear(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(factor.shape)}, expected {shape}")
             _check_finite(name, factor)
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
-            factor.data = value
             factor.grad = None  # it may be of another shape
+            factor.data = value.half()  # a change of dtype: a live graph knows the old shape
+            factor.data = value
 
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
@@ -811,7 +812,7 @@ def init_lora_da(
     for group in _groups(adapters, layers_per_pass):
         statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
         for name in group:
-            means = statistics.pop(name)  # to free its memory
+            means = statistics.pop(name)  # one at a time, so that the next group finds room
             with _naming(name):
                 factors[name] = lora_da(
                     means.gradient,
@@ -823,6 +824,7 @@ def init_lora_da(
                     variance=variance,
                     damping=damping,
                 )
+            del means
     return _start(model, factors, step, held_out, loss_fn)
 
 
