@@ -393,9 +393,7 @@ def test_units_and_rotations_of_the_input_turn_A_with_them(p, unit, loss_unit):
     B, A = compute(lora_da, G, Z, Y, p.rank, 9, damping=0.1)
     other_G = unit * loss_unit * G @ Q.T
     other_Z = unit**2 * Q @ Z @ Q.T
-    other_B, other_A = compute(
-        lora_da, other_G, other_Z, loss_unit**2 * Y, p.rank, 9, damping=0.1
-    )
+    other_B, other_A = compute(lora_da, other_G, other_Z, loss_unit**2 * Y, p.rank, 9, damping=0.1)
     Y = Y + 0.1 * np.mean(Y)
     Z = damped(Z, 0.1)
     delta = np.linalg.solve(Z, (G / Y[:, None]).T).T
@@ -1376,6 +1374,22 @@ def test_two_processes_end_with_the_same_bits_and_with_those_of_one(tmp_path):
         assert same_bits(first[name][1], second[name][1]), name
         for value, expected in zip(first[name][1], values(model), strict=True):
             assert near(value, expected, 1e-6), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_on_a_gpu_is_that_on_a_cpu(init):
+    """In float64 the same ΔW, and the same row space of A, on either device."""
+    model = adapted_net()
+    on_gpu = adapted_net().cuda()
+    batches = batches_of(9, 9, 9)
+    init(model, batches, mean_loss)
+    init(on_gpu, [(x.cuda(), labels.cuda()) for x, labels in batches], mean_loss)
+    for name, layer in lora_layers(model).items():
+        other = on_gpu.get_submodule(name)
+        assert other.lora_A.is_cuda
+        assert near(other.delta_weight(), layer.delta_weight(), 1e-6, scale=1)
+        assert near(row_projector(other.lora_A), row_projector(layer.lora_A), 1e-6)
 
 
 # ---------------------------------------------------------------------------- other people's models
