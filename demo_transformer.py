@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine spinning threads stall
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads wait too busily on a busy machine
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +56,18 @@ def parse_args() -> argparse.Namespace:
     add("--text", help="text file or folder to fine-tune on; else the language reference")
     add("--targets", help="layers to adapt; q,v or, with --model, q_proj,v_proj")
     add("--rank", type=int, default=2, help="of every adapter")
-    add("--updates", type=int, default=60, help="of Adam, with a linearly falling rate")
+    add("--updates", type=int, default=50, help="of Adam, with a linearly falling rate")
     add("--batch", type=int, help="sequences of a batch")
     add(
         "--methods",
-        default=",".join(METHODS[:5]),
+        default=",".join(METHODS[:4]),
         help="lora_da:60 fits it to 60 batches, and so for each method that looks at data",
     )
-    add("--rates", default="0.02,0.04,0.08,0.16", help="for A frozen; A trained takes a quarter")
+    add(
+        "--rates",
+        default="0.02,0.04,0.08,0.16,0.32",
+        help="for A frozen; A trained takes a quarter",
+    )
     add("--damping", type=float, default=1.0, help="of lora_da")
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--train-batches", type=int, help="few data: that many batches, repeated over and over")

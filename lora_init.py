@@ -136,7 +136,7 @@ class LoRALinear(nn.Module):
             _check_finite(name, factor)
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
             factor.grad = None  # it may be of another shape
-            factor.data = value.half()  # a change of dtype: a live graph knows the old shape
+            factor.data = value.to(torch.complex64)  # makes a live graph forget the old shape
             factor.data = value
 
     def merged(self) -> nn.Linear:
@@ -231,9 +231,9 @@ def lora_da(
     and then another basis of the same B A (5). N is `n_train`, the number of different rows that
     fine-tuning will see, and M is `n_fitted`, infinite where the means are exact. A row is one x
     with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
-    Y + damping·mean(Y) take the places of Z and Y throughout. With fewer rows than inputs Z is
-    singular without it. The default, 1, is what trained best on a language model: with less, A
-    leans to directions in which inputs are rare and large, and Adam's updates become violent.
+    Y + damping·mean(Y) take the places of Z and Y throughout. Without damping Z is singular if
+    there are fewer rows than inputs. The default, 1, trained best on a language model. With less,
+    A leans to directions in which most inputs are small and a few are large.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
@@ -257,7 +257,7 @@ def lora_da(
        space: Ŵ = W + Δ̂AᵀA. Its error is
            Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA).
        The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0. So in
-       sums of squares, which ‖·‖² is throughout, and with ‖MAᵀA‖ = ‖MAᵀ‖,
+       sums of squares, which ‖·‖² is throughout, and as ‖ΔAᵀA‖ = ‖ΔAᵀ‖,
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
        Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
@@ -268,12 +268,12 @@ def lora_da(
        nothing is damped. `variance` multiplies this term.
 
     4. Which estimate, and which B? Let the loss be quadratic with the Hessian J. Then its gradient
-       at W is vec G = −J vec Δ = −vec(diag(Y)ΔZ), and one natural-gradient step,
-       D = −diag(Y)⁻¹GZ⁻¹, is Δ. (With vec row after row, (P ⊗ Q) vec X = vec(P X Qᵀ).) Elsewhere
-       it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
+       at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), with vec row after row.
+       So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. Elsewhere it is an estimate. Its part
+       within A is DAᵀA, so that B = DAᵀ.
 
-    5. Which basis? For any invertible R the factors B R⁻¹ and R A are the same start. Gradient
-       descent and Adam treat them differently. We take the R for which the features are white,
+    5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. Gradient
+       descent and Adam treat them differently. We take an H for which the features are white,
        A Z Aᵀ = c·I, with c = mean(diag Z)/3: this is E(aᵀx)² for plain LoRA's random rows a, on
        average over them, so that plain LoRA's learning rates fit. This part is ours.
 
@@ -626,6 +626,7 @@ def collect_statistics(
                         statistics[name].add(_rows(x, mask), None)
                     elif g is not None:
                         statistics[name].add(_rows(x, mask), _rows(g, mask))
+            del loss, seen, gradients  # before the next forward pass needs the memory
     for name, sums in statistics.items():
         with _naming(name):
             sums.average()
@@ -641,7 +642,7 @@ def _checked_mask(mask: Tensor) -> Tensor:
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows (rows, n) of x (…, n) where the mask is true, in float32 at least."""
-    rows = x.detach().flatten(0, -2)
+    rows = x.detach().reshape(-1, x.shape[-1])
     if mask is not None:
         if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
             raise ValueError(f"a mask {tuple(mask.shape)} for {tuple(x.shape)}")

@@ -124,7 +124,7 @@ def compute(function, *arguments, **options):
 
 def array(values):
     if isinstance(values, Tensor):
-        return values.detach().double().numpy()
+        return values.detach().cpu().double().numpy()
     return np.asarray(values)
 
 
@@ -393,7 +393,8 @@ def test_units_and_rotations_of_the_input_turn_A_with_them(p, unit, loss_unit):
     B, A = compute(lora_da, G, Z, Y, p.rank, 9, damping=0.1)
     other_G = unit * loss_unit * G @ Q.T
     other_Z = unit**2 * Q @ Z @ Q.T
-    other_B, other_A = compute(lora_da, other_G, other_Z, loss_unit**2 * Y, p.rank, 9, damping=0.1)
+    other_Y = loss_unit**2 * Y
+    other_B, other_A = compute(lora_da, other_G, other_Z, other_Y, p.rank, 9, damping=0.1)
     Y = Y + 0.1 * np.mean(Y)
     Z = damped(Z, 0.1)
     delta = np.linalg.solve(Z, (G / Y[:, None]).T).T
@@ -907,11 +908,11 @@ def test_half_precision_is_computed_in_float32_without_autocast_or_a_graph(funct
 
 
 def test_signatures_show_the_parameters_and_what_is_left_out_is_what_the_pages_say():
-    whole = {"damping": 1.0, "step": None, "mask_fn": None, "layers_per_pass": None}
+    whole = {"step": None, "mask_fn": None, "layers_per_pass": None}
     expected = {
         lora_da: {"n_fitted": math.inf, "variance": 1.0, "damping": 1.0},
         cntlora: {"pretrain_moment": None, "damping": 0.1},
-        init_lora_da: {"variance": 1.0, "n_train": None, **whole},
+        init_lora_da: {"variance": 1.0, "damping": 1.0, "n_train": None, **whole},
         init_hrp: {"preheat_rank": 64, "lr": 0.01, "seed": 0},
     }
     for function, defaults in expected.items():
