@@ -174,8 +174,8 @@ def new_task(draws: int) -> Scene:
         ),
         sentence=(
             f"LoRA-DA starts at the exact answer and misses {ours[0]:.0e}. But rounding leaves a "
-            "tiny gradient, and Adam's updates have the size of the rate however small the "
-            f"gradient is: on the way LoRA-DA misses up to {furthest:.0e}, and after {stops[-1]} "
+            "tiny gradient, and Adam magnifies it, as it divides a gradient by its own size: on "
+            f"the way LoRA-DA misses up to {furthest:.0e}, and after {stops[-1]} "
             f"updates {ours[-2]:.0e}. Gradient SVD's full step misses {gradient[0]:.1f}, where no "
             f"adapter misses 1. With A frozen its directions leave {gradient[-1]:.3g} out of "
             f"reach, and plain LoRA's random ones leave {plain[-1]:.3g}."
@@ -192,8 +192,8 @@ def new_task(draws: int) -> Scene:
 def few_noisy_rows(draws: int) -> Scene:
     """Bias against variance: y = Δx + ε, with noise ε of variance σ² and W = 0, in N rows.
 
-    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, and Y = 1/σ² is known. A spans the lowest
-    eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ, where Δ is measured, too. B is then
+    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, damped by 1e-3, and Y = 1/σ² is known. A
+    spans the lowest eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − DᵀD. B is then
     fitted by least squares at this A: the estimate under "A frozen" in `lora_da`, not the one of
     its parts 1 to 3.
     """
@@ -234,10 +234,11 @@ def few_noisy_rows(draws: int) -> Scene:
             f"Rank Δ = {r}, noise σ = {sigma}, means of {draws} draws."
         ),
         sentence=(
-            f"With N = {listed(counts)} rows, the theory's weight 1 makes {listed(ratios)} of the "
-            f"error that weight 0 makes. In {losses} of these {len(counts)} cases it still errs "
-            f"more than no adapter. The best weights are {listed(best)}. More than 1 can pay "
-            "because weight 1 assumes that Δ is known exactly."
+            f"With N = {listed(counts)} rows, weight 1 makes {listed(ratios)} of the error that "
+            f"weight 0 makes. In {losses} of these {len(counts)} cases it still errs more than no "
+            f"adapter. The best weights are {listed(best)}. Weight 1 takes Δ for known. As Δ is "
+            "measured in the same N rows, the theory's weight is 2. More can pay, as A is chosen "
+            "where the estimate scatters most."
         ),
         x_label="rows N",
         y_label="error ‖BA − Δ‖² / ‖Δ‖²",

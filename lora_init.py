@@ -5,7 +5,7 @@
 LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b + s·B A x
 
     W  weight        (out, in)   frozen           x  (…, in)   rows of a layer's input
-    A  lora_A        (r, in)     projects down    g  (…, out)  their gradients, ∂(−Σ log p)/∂y
+    A  lora_A        (r, in)     projects down    g  (…, out)  ∂(−Σ log p)/∂y at its output y
     B  lora_B        (out, r)    projects up      Z  input_moment   (in, in)   E[x xᵀ]
     s  scaling       alpha / r                    Y  output_fisher  (out,)     E[g²]
     ΔW delta_weight  (out, in)   s·B A            G  gradient       (out, in)  E[g xᵀ]
@@ -13,6 +13,9 @@ LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b +
     Ω  omega         (in, in)    LoRA-DA's guidance matrix: variance minus signal
     N, M             n_train, n_fitted: rows that fine-tuning will see, rows behind the means
     R  preheat_rank  HRP's high rank              T  monge_map      (in, in)   CNTLoRA's map
+
+E is the mean over rows, p the model's probability of a row's label, and P ⊗ Q the matrix of the
+blocks Pᵢⱼ·Q.
 
 Plain LoRA starts at a random A and B = 0. The three algorithms look at data first:
 
@@ -239,19 +242,20 @@ def lora_da(
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
        (N, in). In linear regression, y = W*x + ε with Gaussian noise of variance σᵢ² in output i,
        it is least squares: Δ̂ = Δ + εᵀX(XᵀX)⁻¹. So it is unbiased, and its row i has the covariance
-       σᵢ²(XᵀX)⁻¹ = Z⁻¹/(N·Yᵢ) with Z = XᵀX/N and Yᵢ = 1/σᵢ². In general J⁻¹/N is the least
-       covariance of an unbiased estimate (Cramér–Rao), where the Fisher information J is the
-       covariance of one row's gradient of log p, averaged over the inputs. For other models that
-       contain the truth, √N(Δ̂ − Δ) tends to a normal variable with mean 0 and covariance J⁻¹, if J
-       is invertible (a softmax head's is not, but its diagonal part, which we use, is).
+       σᵢ²(XᵀX)⁻¹ = Z⁻¹/(N·Yᵢ) with Z = XᵀX/N and Yᵢ = 1/σᵢ². In general no unbiased estimate has
+       a covariance below J⁻¹/N (Cramér–Rao), where the Fisher information J is the covariance of
+       one row's gradient of log p, averaged over the inputs. For other regular models in which
+       only one W gives the truth, √N(Δ̂ − Δ) tends to a normal variable with mean 0 and covariance
+       J⁻¹, if J is invertible (a softmax head's is not, but its diagonal part, which we use, is).
 
     2. What is J? Write W as one long vector, vec W, row after row. A row's gradient, g xᵀ, becomes
-       g ⊗ x. At the truth its mean over labels is 0, so that J = E[ggᵀ ⊗ xxᵀ]; the sign of g does
-       not matter. K-FAC [5] treats g and x as independent, and of E[ggᵀ] we keep the diagonal:
-       J = diag(Y) ⊗ Z. Its inverse, diag(1/Y) ⊗ Z⁻¹, has the block Z⁻¹/Yᵢ for row i of W. We
-       measure Y at W, since the truth is unknown. In place of 1/Yᵢ the paper has (E[ggᵀ]⁻¹)ᵢᵢ,
-       which is never less where it exists; its authors' default code has 1/Yᵢ, as we do. Tokens of
-       one sequence are not independent, and we treat them as if they were.
+       g ⊗ x. At the truth its mean over labels is 0, so that J = E[(g ⊗ x)(g ⊗ x)ᵀ] =
+       E[ggᵀ ⊗ xxᵀ]; the sign of g does not matter. K-FAC [5] treats g and x as independent, and of
+       E[ggᵀ] we keep the diagonal: J = diag(Y) ⊗ Z. Its inverse, diag(1/Y) ⊗ Z⁻¹, has the block
+       Z⁻¹/Yᵢ for row i of W. We measure Y at W, since the truth is unknown. In place of 1/Yᵢ the
+       paper has (E[ggᵀ]⁻¹)ᵢᵢ, which is never less where it exists; its authors' default code has
+       1/Yᵢ, as we do. Tokens of one sequence are not independent, and we treat them as if they
+       were.
 
     3. Which A? Let AAᵀ = I, fixed before the N rows are drawn, and keep the part of Δ̂ in A's row
        space: Ŵ = W + Δ̂AᵀA. Its error is
@@ -263,19 +267,22 @@ def lora_da(
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
        if the N rows have this Z. It is least where A's rows are the eigenvectors of Ω's r lowest
        eigenvalues (Ky Fan). Each eigenvalue above 0 is a direction that would better be left out.
-       But Δ is unknown. An unbiased estimate D from M rows like these has E[DᵀD] = ΔᵀΔ +
+       But Δ is unknown. The Δ̂ of M rows like these, called D, has E[DᵀD] = ΔᵀΔ +
        (1/M)·Σᵢ(1/Yᵢ)·Z⁻¹, so that 1/N + 1/M in place of 1/N keeps Ω unbiased, if Y is known and
-       nothing is damped. `variance` multiplies this term.
+       nothing is damped. This holds at a fixed A: the A that looks best is partly luck. `variance`
+       multiplies this term.
 
     4. Which estimate, and which B? Let the loss be quadratic with the Hessian J. Then its gradient
-       at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), with vec row after row.
-       So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. Elsewhere it is an estimate. Its part
-       within A is DAᵀA, so that B = DAᵀ.
+       at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), as row after row
+       (P ⊗ Q) vec Δ = vec(PΔQᵀ). So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. Elsewhere
+       it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
 
-    5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. Gradient
-       descent and Adam treat them differently. We take an H for which the features are white,
-       A Z Aᵀ = c·I, with c = mean(diag Z)/3: this is E(aᵀx)² for plain LoRA's random rows a, on
-       average over them, so that plain LoRA's learning rates fit. This part is ours.
+    5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. But gradient
+       descent trains them differently unless H is orthogonal, and Adam even then. We take an H for
+       which the features are white, A Z Aᵀ = c·I, with c = mean(diag Z)/3. This is about what
+       plain LoRA has: its rows a are uniform in ±1/√in, of variance 1/(3·in), so that
+       E[aᵀZa] = tr Z/(3·in). So its learning rates fit. As Z is the damped one, features are
+       white only roughly. This part is ours.
 
     A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
     estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no more and its bias no
@@ -286,29 +293,31 @@ def lora_da(
     varies like noise, and can exceed all that Ω counts.
 
     Guarantee: with exact means, `variance=0` and `damping=0`, on a quadratic loss with the Hessian
-    diag(Y) ⊗ Z, D = Δ, and BA = Δ if rank Δ ≤ r. In regression with noise ε of variance σ² that is
-    independent of x, this needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²], with the data's labels and
-    g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it contains the signal, too. This divides row i of D by
-    1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r. Several layers that each take the
-    whole step can overshoot: see `init_lora_da`. The units of the loss and a common unit of all
-    inputs change nothing, nor does a rotation of the inputs; the unit of a single input does.
+    diag(Y) ⊗ Z, D = Δ, and BA = Δ if rank Δ ≤ r, up to rounding (in float32 0.5 % at cond Z = 1e6).
+    In regression with noise ε of variance σ² that is independent of x, this needs Yᵢ = 1/σ². A
+    measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it
+    contains the signal, too. This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows
+    where rank Δ = r. Several layers that each take the whole step can overshoot: see
+    `init_lora_da`. Where the loss is c times as large, and so Y c² times, A's span is the same and
+    BA is divided by c. A common unit of all inputs and a rotation of them change nothing; the unit
+    of a single input does.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
     averaged over each sequence; it damps with 1e-6·I in any units.
 
-    A zero gradient gives B = 0 and, if variance > 0, the A of least variance. Cost: O(in³), about
-    2 s at in = 2,048 and 12 s at 4,096 on one thread. Raises ValueError for an output_fisher of
-    another length, for numbers out of range and for inputs that are all 0, LinAlgError for a
-    singular Z: give more rows or more damping.
+    A zero gradient gives B = 0 and, if variance > 0, the A of least variance. Cost: O(in³ +
+    out·in²), about 2 s at out = in = 2,048 on one thread. Raises ValueError for moments that do not
+    fit, for numbers out of range and for inputs that are all 0, LinAlgError for a singular Z, where
+    rounding does not hide it, and for a Yᵢ of 0 without damping: give more rows or more damping.
     """
     n_out, n_in = gradient.shape
     _check_rank(rank, n_out, n_in)
-    if output_fisher.shape != (n_out,):  # a single number would be taken for all rows
-        raise ValueError(f"output_fisher has shape {tuple(output_fisher.shape)}, not ({n_out},)")
-    if min(n_train, n_fitted) < 1 or variance < 0 or damping < 0:
-        numbers = f"{n_train=}, {n_fitted=}, {variance=}, {damping=}"
-        raise ValueError(f"one of these is too small: {numbers}")
+    shapes = (tuple(input_moment.shape), tuple(output_fisher.shape))
+    if shapes != ((n_in, n_in), (n_out,)):  # a single number would be taken for all rows
+        raise ValueError(f"input_moment, output_fisher: {shapes}, not {((n_in, n_in), (n_out,))}")
+    if not (min(n_train, n_fitted) >= 1 and 0 <= variance < math.inf):
+        raise ValueError(f"{n_train=} or {n_fitted=} is below 1, or {variance=} is not in [0, ∞)")
     if not output_fisher.any():  # no gradient: D is 0 with any Y
         output_fisher = torch.ones_like(output_fisher)
 
@@ -326,6 +335,8 @@ def lora_da(
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
     """The moment C + damping·mean(diag C)·I: the term grows with C, whatever unit all of x has."""
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping {damping} is not in [0, ∞)")
     if not moment.any():
         raise ValueError("all inputs are 0: leave this layer out of the targets")
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
@@ -391,12 +402,12 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     Both are symmetric, positive definite and of shape (in, in). This is optimal transport between
     Gaussians, and classical (Olkin & Pukelsheim; Knott & Smith; Gelbrich).
 
-    1. The map is T = L⁻ᵀ (Lᵀ Z_p L)^½ L⁻¹, where S^½ is the symmetric, positive definite root. So T
+    1. The map is T = L⁻ᵀ (Lᵀ Z_p L)^½ L⁻¹ with the symmetric, positive definite root. So T
        is symmetric and positive definite, too, and T Z_f T = L⁻ᵀ (Lᵀ Z_p L) L⁻¹ = Z_p.
     2. It moves x least. Let y have the moment Z_p, however it is made from x. Then
        E‖y − x‖² = tr Z_f + tr Z_p − 2E[xᵀy], and 2xᵀy ≤ xᵀTx + yᵀT⁻¹y, as the difference is
-       ‖T^½x − T^−½y‖². The mean of the right side is tr(TZ_f) + tr(T⁻¹Z_p) = 2 tr(TZ_f), the same
-       for every such y. Only y = Tx makes both sides equal.
+       ‖T^½x − T^−½y‖². The mean of the right side is tr(TZ_f) + tr(T⁻¹Z_p) = 2 tr(TZ_f), as
+       T⁻¹Z_p = Z_f T: the same for every such y. Only y = Tx makes both sides equal.
     3. No other symmetric, positive definite map has T Z_f T = Z_p: by part 2 each of them would be
        the only one that moves x least.
 
@@ -449,9 +460,10 @@ def cntlora(
     ΔW = 0 up to rounding, and an A without a meaning. With `damping=0` and Z_p given, a shift
     x_f = S x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then
     T = S⁻¹, as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank r at most.
-    With damping the largest shifts are undone in part. Where S changes the mean of diag Z, all
-    other directions are rescaled, too, shifted or not, and small shifts can be overdone. A rotation
-    of white inputs leaves no trace in the moments and is not seen. Raises as `lora_da` does.
+    With damping the largest shifts are mostly undone in part. Where S changes the mean of diag Z,
+    all other directions are rescaled, too, shifted or not, and small shifts can be overdone. A
+    rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
+    about 8 s at in = 2,048 on one thread, most of it in float64. Raises as `lora_da` does.
     """
     _check_rank(rank, *weight.shape)
     Z_f = _damped(input_moment, damping)
@@ -561,12 +573,14 @@ def collect_statistics(
     what that changes in the model, such as a memory that each call updates, is yours. It must leave
     the batch as it was. Modes, adapters and every `.grad` are as before afterwards. The loss is the
     MEAN of −log p over the rows: a row's g is then the gradient at the layer's output times the
-    number of rows in that call. It follows that
+    number of rows in that call that the mask leaves. It follows that
 
-    - `F.mse_loss` is no such mean: −log p of noise with variance 1 is half the sum of squares;
-    - a loss times c has c·G and c²·Y, so that D is divided by c. So it is where the loss is a mean
-      over sequences of T tokens: the step is too short by T if each token has a label, by about T
-      if a sequence has one and its tokens are independent;
+    - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
+      divided by v, and the residuals should have this v;
+    - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
+      makes up for it only roughly. So it is where the loss is a mean over sequences of n tokens:
+      the step is too short by n if each token has a label, by about n if a sequence has one and
+      its tokens are independent with mean 0;
     - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
       tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
       `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
@@ -581,12 +595,13 @@ def collect_statistics(
     - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy.
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
-    inputs, (B, T), also where a model flattens them to (B·T, in). There is one mask for all layers:
-    where an encoder and a decoder pad differently, adapt one of them, or go without a mask. Nested
-    tensors and `vmap` around the model are not supported. With tens of thousands of rows in a batch
-    float16 turns small gradients into 0, and G is off by percents; bfloat16 does not. Raises
-    ValueError for a loss that is no finite scalar with a gradient, a mask that does not fit, an
-    input changed in place before its gradient arrived, NaN or Inf, or a layer that no row reached.
+    inputs, (sequences, tokens), also where a model flattens these two. There is one mask for all
+    layers: where an encoder and a decoder pad differently, adapt one of them, or go without a mask.
+    Nested tensors and `vmap` around the model are not supported. With tens of thousands of rows in
+    a batch float16 turns small gradients into 0, and G is off by a tenth or more; bfloat16 does
+    not. Raises ValueError for a loss that is no finite scalar with a gradient, a mask that does not
+    fit, an input changed in place before its gradient arrived, NaN or Inf, or a layer that no row
+    reached.
     """
     statistics = {name: Statistics(layer, backward) for name, layer in layers.items()}
     calls = []  # of one batch: a layer's name, x, x's version, and where to take the gradient
@@ -789,7 +804,7 @@ def init_lora_da(
     `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of different
     rows that fine-tuning will see, which are tokens in a language model; left out, it is the number
     of rows fitted here. From a long DataLoader, take the first few batches (`itertools.islice`):
-    their rows should be at least 20 times the inputs of a layer.
+    5 to 20 times as many rows as a layer has inputs are enough.
 
     ΔW is `step`·BA of `lora_da`, one step for all layers. The theory's step is 1, for a single
     layer. With several layers that is too long, because each alone would remove the whole error;
