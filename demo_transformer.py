@@ -458,7 +458,7 @@ class Experiment:
                 loss_dev=loss_dev[i].item(),
                 loss_test=loss_test[i].item(),
                 step=start.step,
-                tokens=fit(method, self.args) * self.tokens_of_a_batch(),
+                tokens=fit(method, self.args) * self.tokens_of_a_batch() if updates else 0,
                 cost=updates,
                 clock=start.seconds / self.seconds,
             )

@@ -128,8 +128,8 @@ class LoRALinear(nn.Module):
 
         Raises ValueError for factors that do not fit or that hold NaN or Inf.
         """
-        B = B.to(self.lora_B, copy=True)
-        A = A.to(self.lora_A, copy=True)
+        B = B.to(self.lora_B, copy=True).contiguous()  # fused optimizers and files read row by row
+        A = A.to(self.lora_A, copy=True).contiguous()
         for name, factor, shape in (
             ("B", B, (self.out_features, len(A))),
             ("A", A, (len(A), self.in_features)),
@@ -507,8 +507,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 LossFunction = Callable[[nn.Module, Any], Any]  # of the model and a batch; a scalar tensor
 MaskFunction = Callable[[Any], Tensor]  # of a batch
 NOT_REACHED = (
-    "no row reached it, or no gradient. Are there batches, does loss_fn call the model, and does "
-    "that call this layer as a module?"
+    "no row reached it, or no gradient. Are there batches, does loss_fn call the model, does that "
+    "call this layer as a module, does mask_fn leave rows, and are checkpoints not reentrant?"
 )
 
 
@@ -571,9 +571,10 @@ def collect_statistics(
 
     `loss_fn(model, batch)` gets your model itself, in eval mode, as in an evaluation of your own:
     what that changes in the model, such as a memory that each call updates, is yours. It must leave
-    the batch as it was. Modes, adapters and every `.grad` are as before afterwards. The loss is the
-    MEAN of −log p over the rows: a row's g is then the gradient at the layer's output times the
-    number of rows in that call that the mask leaves. It follows that
+    the batch as it was. Modes, adapters and every `.grad` are as before afterwards. Eval mode turns
+    Hugging Face's checkpointing off: to keep it, let `loss_fn` call `model.train()` first. The loss
+    is the MEAN of −log p over the rows: a row's g is then the gradient at the layer's output times
+    the number of rows in that call that the mask leaves. It follows that
 
     - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
       divided by v, and the residuals should have this v;
@@ -592,7 +593,8 @@ def collect_statistics(
     - layers that see a part of the rows (experts, chunks): their step comes out too long;
     - a layer that is called and whose weight is also read: G is that of the calls alone;
     - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
-    - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy.
+    - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy;
+    - a mask of (sequences, tokens) where layers see (tokens, sequences), and there are as many.
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
     inputs, (sequences, tokens), also where a model flattens these two. There is one mask for all
@@ -650,8 +652,8 @@ def collect_statistics(
 
 def _checked_mask(mask: Tensor) -> Tensor:
     """The mask as booleans. An additive mask, 0 where a row counts, would mean the opposite."""
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask_fn returned other values than 0 (or False) and 1 (or True)")
+    if not isinstance(mask, Tensor) or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask_fn returned something else than a tensor of 0 (False) and 1 (True)")
     return mask.bool()
 
 
@@ -698,7 +700,8 @@ def _check_loss(loss: Any) -> None:
             "loss_fn returned a loss without a gradient: no row reached an adapter, or there is "
             "no_grad, detach or argmax on the way"
         )
-    _check_finite("loss_fn's value", loss)
+    if not loss.isfinite():
+        raise ValueError(f"the loss is {loss.item()}: NaN in a batch, or no label that counts?")
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
@@ -745,11 +748,13 @@ def add_lora(
     for target in targets:
         matches = [name for name in linears if f".{name}".endswith(f".{target}")]
         if not matches:
-            raise ValueError(f"'{target}' matches no linear layer; there are {list(linears)}")
+            raise ValueError(
+                f"'{target}' matches no linear layer without an adapter; there are {list(linears)}"
+            )
         for name in matches:
             found[name] = linears[name]
     if not found:
-        raise ValueError(f"found no linear layer to adapt in {type(model).__name__}")
+        raise ValueError(f"no linear layer is left to adapt in {type(model).__name__}")
     for name, linear in found.items():  # all of them, before anything changes
         with _naming(name):
             _check_base(linear, rank)
@@ -869,7 +874,7 @@ def init_cntlora(
     """
     adapters = _adapters(model)
     batches, held_out = _hold_out(batches, step)
-    sources = [batches] if pretrain_batches is None else [batches, list(pretrain_batches)]
+    sources = [batches] if pretrain_batches is None else [batches, _listed(pretrain_batches)]
     factors = {}
     spectra = {}
     for group in _groups(adapters, layers_per_pass):
@@ -919,7 +924,9 @@ def init_hrp(
     factors = {}
     with _as_found(model):
         trained = []
-        for layer in adapters.values():
+        for name, layer in adapters.items():
+            if preheat_rank < layer.rank:
+                raise ValueError(f"layer '{name}': {preheat_rank=} is below rank {layer.rank}")
             high = min(preheat_rank, layer.in_features, layer.out_features)
             A_high = torch.empty(high, layer.in_features, device="cpu")
             nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
@@ -927,7 +934,7 @@ def init_hrp(
             layer.scaling = 1.0
             trained.append(layer.lora_B)
         optimizer = torch.optim.Adam(trained, lr)
-        for batch in batches:
+        for batch in _listed(batches):
             loss = loss_fn(model, batch)
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
@@ -964,7 +971,7 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _hold_out(batches: Iterable, step: float | None) -> tuple[list, Any]:
     """The batches to fit and, where the step is not given, the one that chooses it."""
-    batches = list(batches)
+    batches = _listed(batches)
     if step is not None:
         if not 0 <= step < math.inf:
             raise ValueError(f"step {step} is not in [0, ∞)")
@@ -977,10 +984,19 @@ def _hold_out(batches: Iterable, step: float | None) -> tuple[list, Any]:
     return batches[:-1], batches[-1]
 
 
+def _listed(batches: Iterable) -> list:
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches is a {type(batches).__name__}: put a single batch into a list")
+    return list(batches)
+
+
 def _groups(adapters: dict[str, LoRALinear], size: int | None) -> Iterator[dict[str, LoRALinear]]:
     """The adapters, `size` of them a group."""
     items = list(adapters.items())
-    size = size or len(items)
+    if size is None:
+        size = len(items)
+    if size < 1:
+        raise ValueError(f"layers_per_pass {size} is below 1")
     for i in range(0, len(items), size):
         yield dict(items[i : i + size])
 
