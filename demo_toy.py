@@ -236,9 +236,9 @@ def few_noisy_rows(draws: int) -> Scene:
         sentence=(
             f"With N = {listed(counts)} rows, weight 1 makes {listed(ratios)} of the error that "
             f"weight 0 makes. In {losses} of these {len(counts)} cases it still errs more than no "
-            f"adapter. The best weights are {listed(best)}. Weight 1 takes Δ for known. As Δ is "
-            "measured in the same N rows, the theory's weight is 2. More can pay, as A is chosen "
-            "where the estimate scatters most."
+            f"adapter. The best weights are {listed(best)}. Weight 1 assumes that Δ is known. Here "
+            "it is estimated from the same N rows, so theory says 2. More can help, because A is "
+            "chosen where the estimate scatters most."
         ),
         x_label="rows N",
         y_label="error ‖BA − Δ‖² / ‖Δ‖²",

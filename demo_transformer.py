@@ -764,7 +764,7 @@ def against_tokens(runs: list[Run], freeze_A: bool) -> Lines:
 
 
 def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
-    """Two panels, A frozen and A trained; bands span all seeds."""
+    """Two panels, A frozen and A trained; bands span all seeds of the first two lines."""
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -781,13 +781,14 @@ def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
     for panel, freeze_A in zip(panels, (True, False), strict=True):
         panel.set_prop_cycle(styles)
         lines = against_tokens(runs, freeze_A) if by_tokens else against_rate(runs, freeze_A, args)
-        for label, points in lines.items():
+        for number, (label, points) in enumerate(lines.items()):
             x = sorted(points)
             means = [statistics.fmean(points[value]) for value in x]
             (line,) = panel.plot(x, means, markersize=4, label=label)
             lows = [min(points[value]) for value in x]
             highs = [max(points[value]) for value in x]
-            panel.fill_between(x, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
+            if number < 2:  # more bands could not be told apart
+                panel.fill_between(x, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
             lowest = min(lowest, *lows)
         panel.axhline(no_adapter, color="gray", linewidth=0.8, label="no adapter")
         panel.set_xscale("log", base=2)
@@ -797,7 +798,7 @@ def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
         panel.set_title(f"A {'frozen' if freeze_A else 'trained'}", fontsize="medium")
     room = no_adapter - lowest
     panels[0].set_ylim(lowest - 0.1 * room, no_adapter + 0.1 * room)
-    panels[0].set_ylabel("test loss, nats (bands: all seeds)")
+    panels[0].set_ylabel("test loss, nats (bands: all seeds of two)")
     updates = " and ".join(f"{n:,}" for n in sorted({run.updates for run in runs}))
     figure.suptitle(f"{args.name}, rank {args.rank}, {updates} updates, start's cost included")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -139,8 +139,8 @@ class LoRALinear(nn.Module):
             _check_finite(name, factor)
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
             factor.grad = None  # it may be of another shape
-            factor.data = value.to(torch.complex64)  # makes a live graph forget the old shape
-            factor.data = value
+            factor.data = value.to(torch.complex64)  # a loss that is still held knows the old shape
+            factor.data = value  # until the dtype has changed once
 
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
@@ -531,7 +531,10 @@ class Statistics:
         self.output_fisher = torch.zeros(n_out, device=device, dtype=dtype)
 
     def add(self, x: Tensor, g: Tensor | None) -> None:
-        """Add rows x (rows, in) and the gradients g (rows, out) of the loss, the rows' mean."""
+        """Add rows x (rows, in) and the gradients g (rows, out) of the loss, the rows' mean.
+
+        By the chain rule ∂loss/∂W is the sum of g xᵀ over rows: autograd need not compute it.
+        """
         self.count += len(x)
         self.input_moment.addmm_(x.mT, x)  # += xᵀx; autocast leaves in-place products alone
         if g is not None:
