@@ -489,7 +489,7 @@ class Experiment:
 
     def set_factors(self, kind: str, fitted: int, seed: int) -> float:
         """Give the adapters the factors of a start; returns the step that it has chosen."""
-        batches = self.batches[seed]
+        batches = list(self.batches[seed])
         look = batches[: fitted + 1]  # the last one chooses the step
         if kind == "orthonormal":
             for adapter in self.adapters.values():
@@ -511,7 +511,7 @@ class Experiment:
             return lora_init.init_cntlora(self.model, look, loss_fn, pretrain_batches=self.old)
         return 1.0
 
-    def set_white(self, batches: Tensor) -> None:
+    def set_white(self, batches: list[Tensor]) -> None:
         """Plain LoRA's random A in the basis of `lora_da`: what the basis alone does."""
         means = lora_init.collect_statistics(
             self.model, self.adapters, batches, loss_fn, backward=False
@@ -520,7 +520,7 @@ class Experiment:
             Z = means[name].input_moment
             adapter.set_factors(*lora_init.white_basis(adapter.lora_B, adapter.lora_A, Z))
 
-    def set_gradient_svd(self, batches: Tensor, held_out_batch: Tensor) -> float:
+    def set_gradient_svd(self, batches: list[Tensor], held_out_batch: Tensor) -> float:
         """LoRA-DA with Z = I and Y = 1: the part of rank r of −G, and the best of fourteen steps.
 
         −G has not been divided by a curvature, so that its steps are longer.
