@@ -495,7 +495,10 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     others.sort(reverse=True)
     extra = budget - len(spectra)
     if not 0 <= extra <= len(others):
-        raise ValueError(f"rank budget {budget} is not {len(spectra)} plus 0..{len(others)}")
+        most = len(spectra) + len(others)
+        raise ValueError(
+            f"rank budget {budget} is not in {len(spectra)}..{most}, 1 a layer or more"
+        )
     ranks = dict.fromkeys(spectra, 1)
     for _, name in others[:extra]:
         ranks[name] += 1
@@ -697,7 +700,9 @@ def _check_loss(loss: Any) -> None:
     """Refuse what is no finite scalar, or has no gradient where gradients are recorded."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn returned {found}, not a scalar tensor")
+        raise ValueError(
+            f"loss_fn returned {found}, not a scalar tensor; without labels give a step"
+        )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
             "loss_fn returned a loss without a gradient: no row reached an adapter, or there is "
