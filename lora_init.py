@@ -705,8 +705,8 @@ def _check_loss(loss: Any) -> None:
         )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
-            "loss_fn returned a loss without a gradient: no row reached it from an adapter, or there "
-            "is no_grad, detach or argmax on the way"
+            "loss_fn returned a loss without a gradient: no row reached it from an adapter, or "
+            "there is no_grad, detach or argmax on the way"
         )
     if not loss.isfinite():
         raise ValueError(f"the loss is {loss.item()}: NaN in a batch, or no label that counts?")
