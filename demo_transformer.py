@@ -57,7 +57,6 @@ def parse_args() -> argparse.Namespace:
     add("--targets", help="layers to adapt; q,v or, with --model, q_proj,v_proj")
     add("--rank", type=int, default=2, help="of every adapter")
     add("--updates", type=int, default=50, help="of Adam, with a linearly falling rate")
-    add("--batch", type=int, help="sequences of a batch")
     add(
         "--methods",
         default=",".join(METHODS[:4]),
@@ -73,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-batches", type=int, help="few data: that many batches, repeated over and over")
     add("--json", help="keep finished runs in this file, and go on from those that it holds")
     add("--plot", help="draw loss against rate, or against tokens fitted (needs matplotlib)")
-    add("--fast", action="store_true", help="a minute's smoke test of the same code")
+    add("--fast", action="store_true", help="smoke test: sets --updates, --seeds and --rates")
     args = parser.parse_args()
 
     size = "small" if DEVICE.type == "cpu" else "large"
@@ -102,17 +101,15 @@ def parse_args() -> argparse.Namespace:
         parser.error("a start costs more than --updates: give more, or fit to fewer batches")
     if (
         args.train_batches
-        and max(fit(method, args) for method in args.methods) >= args.train_batches
+        and max(batches_fitted(method, args) for method in args.methods) >= args.train_batches
     ):
         parser.error("--train-batches has to exceed the batches fitted: the next chooses the step")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
-    if args.model and not importlib.util.find_spec("transformers"):
-        parser.error("--model needs transformers: pip install transformers")
     return args
 
 
-def fit(method: str, args: argparse.Namespace) -> int:
+def batches_fitted(method: str, args: argparse.Namespace) -> int:
     """The batches that a start is fitted to."""
     _, _, batches = method.partition(":")
     return int(batches or args.fit)
@@ -124,8 +121,10 @@ def cost(method: str, args: argparse.Namespace) -> int:
     if kind in ("lora", "orthonormal"):
         return 0
     if kind == "white":
-        return math.ceil(fit(method, args) / 2)  # forward passes alone
-    return fit(method, args) + SEARCH  # hrp preheats for as many updates as the others cost
+        return math.ceil(batches_fitted(method, args) / 2)  # forward passes alone
+    return (
+        batches_fitted(method, args) + SEARCH
+    )  # hrp preheats for as many updates as the others cost
 
 
 # ---------------------------------------------------------------------------- models
@@ -219,22 +218,6 @@ def linear_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def seconds_per_update(model: nn.Module, batch: Tensor) -> float:
-    """The median of five forward and backward passes."""
-    times = []
-    for _ in range(5):
-        began = clock()
-        loss_fn(model, batch).backward()
-        times.append(clock() - began)
-    return statistics.median(times)
-
-
-def clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()  # let the GPU finish first
-    return time.perf_counter()
-
-
 # ---------------------------------------------------------------------------- texts
 
 
@@ -301,7 +284,7 @@ def held_out(tokens: Tensor, args: argparse.Namespace) -> list[Tensor]:
 
 
 class Progress:
-    """One line, rewritten in a terminal; elsewhere a new one every 20 seconds."""
+    """A line every 20 seconds: what is done, and the time that is left."""
 
     def __init__(self, total: float):
         self.total = total
@@ -312,19 +295,16 @@ class Progress:
     def advance(self, what: str, work: float = 1.0) -> None:
         self.done += work
         now = time.perf_counter()
-        left = (now - self.began) * (self.total / self.done - 1)
-        line = f"[{self.done / self.total:4.0%}] {left:5.0f} s left in all; {what}"
-        if sys.stdout.isatty():
-            print(f"\r{line:<98.98}", end="", flush=True)
-        elif now - self.shown > 20:
+        if now - self.shown > 20:
             self.shown = now
-            print(line, flush=True)
+            left = (now - self.began) * (self.total / self.done - 1)
+            print(f"[{self.done / self.total:4.0%}] {left:5.0f} s left; {what}", flush=True)
 
 
 # ---------------------------------------------------------------------------- the runs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     method: str
     freeze_A: bool
@@ -339,19 +319,19 @@ class Start:
 
     tensors: dict[str, Tensor]  # to be trained, by parameter name
     step: float
-    seconds: float
     loss: float  # on test text
 
 
 @dataclass
-class Run(Job):
+class Run:
+    job: Job
     loss_start: float  # on test text, as loss_test
     loss_dev: float
     loss_test: float
     step: float  # that the start has chosen
     tokens: int  # that it was fitted to
-    cost: int  # in updates, by rule
-    clock: float  # and by the clock, in updates of a single run
+    cost: int  # in updates
+    loss_no_adapter: float  # on test text
 
 
 def losses(model: nn.Module, stacked: dict[str, Tensor], batch: Tensor) -> Tensor:
@@ -412,7 +392,6 @@ class Experiment:
         self.model = model
         self.adapters = lora_init.add_lora(model, args.rank, targets=args.targets)
         self.no_adapter = self.loss(self.test)
-        self.seconds = seconds_per_update(model, self.batches[0][0])
 
     def carry_out(self, jobs: list[Job]) -> list[Run]:
         """The jobs of one method, side by side."""
@@ -432,7 +411,6 @@ class Experiment:
 
         loss_dev = torch.full((len(jobs),), math.inf, device=DEVICE)
         loss_test = loss_dev
-        few_data = self.args.train_batches is not None
         optimizer = torch.optim.Adam(stacked.values(), lr=1.0)
         schedule = linear_schedule(optimizer, len(batches), warmup=len(batches) // 20)
         for update, batch in enumerate(batches, start=1):
@@ -441,10 +419,10 @@ class Experiment:
             adam_step(optimizer, stacked, rates)
             schedule.step()
             self.progress.advance(f"{method}, seeds {sorted(starts)}", work=len(jobs))
-            at_end = update == len(batches)
-            if at_end or (few_data and update % CHECK_EVERY == 0):
+            check = self.args.train_batches and update % CHECK_EVERY == 0
+            if check or update == len(batches):  # with few data the best checkpoint counts
                 loss = evaluate(self.model, stacked, self.dev)
-                better = loss < loss_dev if few_data else torch.ones_like(loss).bool()
+                better = loss < loss_dev
                 loss_dev = loss.where(better, loss_dev)
                 loss_test = evaluate(self.model, stacked, self.test).where(better, loss_test)
         self.progress.advance(f"{method}, seeds {sorted(starts)}", work=updates * len(jobs))
@@ -453,14 +431,16 @@ class Experiment:
         for i, job in enumerate(jobs):
             start = starts[job.seed]
             run = Run(
-                **asdict(job),
+                job=job,
                 loss_start=start.loss,
                 loss_dev=loss_dev[i].item(),
                 loss_test=loss_test[i].item(),
                 step=start.step,
-                tokens=fit(method, self.args) * self.tokens_of_a_batch() if updates else 0,
+                tokens=batches_fitted(method, self.args) * self.tokens_of_a_batch()
+                if updates
+                else 0,
                 cost=updates,
-                clock=start.seconds / self.seconds,
+                loss_no_adapter=self.no_adapter,
             )
             finished.append(run)
         return finished
@@ -478,16 +458,14 @@ class Experiment:
         torch.manual_seed(seed)
         for adapter in self.adapters.values():
             adapter.reset_parameters()  # plain LoRA
-        began = clock()
-        step = self.set_factors(kind, fit(method, self.args), seed)
-        seconds = clock() - began
+        step = self.initialize(kind, batches_fitted(method, self.args), seed)
         tensors = {}
         for name, adapter in self.adapters.items():
             tensors[f"{name}.lora_A"] = adapter.lora_A.detach().clone()
             tensors[f"{name}.lora_B"] = adapter.lora_B.detach().clone()
-        return Start(tensors, step, seconds, self.loss(self.test))
+        return Start(tensors, step, self.loss(self.test))
 
-    def set_factors(self, kind: str, fitted: int, seed: int) -> float:
+    def initialize(self, kind: str, fitted: int, seed: int) -> float:
         """Give the adapters the factors of a start; returns the step that it has chosen."""
         batches = list(self.batches[seed])
         look = batches[: fitted + 1]  # the last one chooses the step
@@ -564,24 +542,28 @@ def all_jobs(args: argparse.Namespace) -> list[list[Job]]:
 # ---------------------------------------------------------------------------- the file of runs
 
 
-def read_runs(args: argparse.Namespace) -> list[Run]:
-    """The runs of an earlier call, if they were made by this code with these settings."""
+def read_runs(args: argparse.Namespace) -> dict[Job, Run]:
+    """The runs of earlier calls, if they were made by this code with these settings."""
     if not args.json or not Path(args.json).exists():
-        return []
+        return {}
     header, *lines = Path(args.json).read_text(encoding="utf-8").splitlines()
     if json.loads(header) != settings(args):
         sys.exit(f"{args.json} holds runs of other code or settings: delete it, or name another")
-    return [Run(**json.loads(line)) for line in lines]
+    found = [json.loads(line) for line in lines]
+    runs = [Run(job=Job(**content.pop("job")), **content) for content in found]
+    return {run.job: run for run in runs}
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """All that changes a run and is not written in it."""
     code = Path(__file__).read_bytes() + Path(lora_init.__file__).read_bytes()
-    names = ["model", "text", "targets", "rank", "damping", "context", "batch", "train_batches"]
+    texts = repr(read_texts(args)).encode()
+    names = ["model", "targets", "rank", "damping", "context", "batch", "train_batches"]
     found = {name: getattr(args, name) for name in [*names, "pretrain_updates"]}
     return {
         **found,
         "code": hashlib.sha256(code).hexdigest(),
+        "texts": hashlib.sha256(texts).hexdigest(),
         "torch": torch.__version__,
         "device": DEVICE.type,
     }
@@ -602,8 +584,9 @@ Rows = dict[str, dict[float, Cell]]  # by method and rate
 def rows_of(runs: list[Run], freeze_A: bool, updates: int) -> Rows:
     rows = {}
     for run in runs:
-        if run.freeze_A == freeze_A and run.updates == updates:
-            rows.setdefault(run.method, {}).setdefault(run.lr, {})[run.seed] = run
+        job = run.job
+        if job.freeze_A == freeze_A and job.updates == updates:
+            rows.setdefault(job.method, {}).setdefault(job.lr, {})[job.seed] = run
     return rows
 
 
@@ -620,79 +603,39 @@ def best_cell(row: dict[float, Cell]) -> Cell:
     return row[best_rate(row)]
 
 
-@dataclass
-class Difference:
-    """Test loss minus plain LoRA's, paired by seed, with half of a 95 % interval."""
-
-    mean: float
-    half: float = math.inf  # one or two seeds prove nothing
-
-    def __str__(self) -> str:
-        if self.half == math.inf:
-            return f"{self.mean:+.4f}         "
-        return f"{self.mean:+.4f} ± {self.half:.4f}"
-
-    def word(self) -> str:
-        if abs(self.mean) > self.half:
-            return "below" if self.mean < 0 else "above"
-        return ""
-
-
-def difference(ours: Cell, plain: Cell) -> Difference:
-    gaps = [ours[seed].loss_test - plain[seed].loss_test for seed in ours if seed in plain]
-    if len(gaps) not in T_95:
-        return Difference(statistics.fmean(gaps) if gaps else math.nan)
+def difference(ours: Cell, plain: Cell) -> str:
+    """Test loss minus plain LoRA's, paired by seed, with its 95 % interval."""
+    gaps = [ours[seed].loss_test - plain[seed].loss_test for seed in ours]
+    if len(gaps) not in T_95:  # one or two seeds prove nothing
+        return f"{statistics.fmean(gaps):+.4f}"
     half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return Difference(statistics.fmean(gaps), half)
+    return f"{statistics.fmean(gaps):+.4f} ± {half:.4f}"
 
 
-def print_losses(rows: Rows, seeds: int) -> None:
+def print_losses(rows: Rows) -> None:
     rates = sorted({rate for row in rows.values() for rate in row})
     print(f"{'':<14}" + "".join(f"{rate:>10g}" for rate in rates))
     for method, row in rows.items():
         line = f"{method:<14}"
         for rate in rates:
-            cell = row.get(rate, {})
-            loss = f"{mean(cell, 'loss_test'):.4f}" if cell else ""
             best = "*" if rate == best_rate(row) else " "
-            fewer = "~" if 0 < len(cell) < seeds else " "
-            line += f"{loss:>8}{best}{fewer}"
+            line += f"{mean(row[rate], 'loss_test'):9.4f}{best}"
         print(line)
-    print(f"* its best rate by development text; ~ fewer than {seeds} seeds")
+    print("* its best rate by development text")
 
 
-def print_differences(rows: Rows, setting: str, gap: float) -> None:
+def print_differences(rows: Rows) -> None:
     """Each method minus plain LoRA, at the best rates and at a quarter of plain LoRA's."""
     lora = rows["lora"]
     quarter = best_rate(lora) / 4
-    titles = ["best rates", f"all at {quarter:g}"]
-    found = {title: {} for title in titles}
-    print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss, its cost")
-    line = "".join(f"{title:>17}{'':6}" for title in titles)
-    print(f"{'':<14}{line}{'start':>7}{'cost':>6}{'clock':>7}{'gap closed':>12}")
+    print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss and cost")
+    print(f"{'':<14}{'best rates':>20}{f'all at {quarter:g}':>20}{'start':>9}{'cost':>6}")
     for method, row in rows.items():
-        if method == "lora":
-            continue
         best = best_cell(row)
-        found[titles[0]][method] = difference(best, best_cell(lora))
-        if quarter in lora and quarter in row:
-            found[titles[1]][method] = difference(row[quarter], lora[quarter])
-        line = f"{method:<14}"
-        for title in titles:
-            gaps = found[title].get(method)
-            line += f"{gaps!s:>17} {gaps.word():<5}" if gaps else " " * 23
-        run = next(iter(best.values()))
-        by_clock = statistics.median(run.clock for run in best.values())
-        line += f"{mean(best, 'loss_start'):7.4f}{run.cost:6}{by_clock:7.1f}"
-        won = mean(best_cell(lora), "loss_test") - mean(best, "loss_test")
-        print(line + f"{won / gap:12.0%}")
-    for title, column in found.items():
-        for word in ("below", "above"):
-            names = [method for method, gaps in column.items() if gaps.word() == word]
-            if names:
-                print(f"{setting}, {title}: clearly {word} plain LoRA: {', '.join(names)}.")
-        if column and not any(gaps.word() for gaps in column.values()):
-            print(f"{setting}, {title}: no method is clearly different from plain LoRA.")
+        at_best = difference(best, best_cell(lora))
+        at_quarter = difference(row[quarter], lora[quarter]) if quarter in row else ""
+        start = mean(best, "loss_start")
+        print(f"{method:<14}{at_best:>20}{at_quarter:>20}{start:9.4f}{best[0].cost:6}")
 
 
 def print_steps(rows: Rows) -> None:
@@ -709,23 +652,16 @@ def print_steps(rows: Rows) -> None:
             print(line)
 
 
-def report(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
-    frozen = rows_of(runs, True, args.updates)
-    trained = rows_of(runs, False, args.updates)
-    gap = math.nan  # what freezing A costs plain LoRA
-    if "lora" in frozen and "lora" in trained:
-        losses_ = [mean(best_cell(rows["lora"]), "loss_test") for rows in (frozen, trained)]
-        gap = losses_[0] - losses_[1]
-    for setting, rows in {"A frozen": frozen, "A trained": trained}.items():
+def report(runs: list[Run], args: argparse.Namespace) -> None:
+    for setting, freeze_A in {"A frozen": True, "A trained": False}.items():
+        rows = rows_of(runs, freeze_A, args.updates)
         print(f"\n\n{setting}: test loss in nats per token, by learning rate")
-        print_losses(rows, args.seeds)
+        print_losses(rows)
         if "lora" in rows and len(rows) > 1:
-            print_differences(rows, setting, gap)
+            print_differences(rows)
     print()
-    print_steps(frozen)
-    print(f"no adapter: {no_adapter:.4f}")
-    print("cost: updates taken off for the start; clock: what it took here, in updates")
-    print(f"gap closed: of the {gap:.4f} between plain LoRA with A frozen and with A trained")
+    print_steps(rows)
+    print(f"no adapter: {runs[0].loss_no_adapter:.4f}; cost: updates taken off for the start")
     print("about one in twenty of all these intervals is wrong by chance")
 
 
@@ -746,24 +682,22 @@ def against_rate(runs: list[Run], freeze_A: bool, args: argparse.Namespace) -> L
 def against_tokens(runs: list[Run], freeze_A: bool) -> Lines:
     """For each job length plain LoRA, which fits none, and the methods fitted to some tokens."""
     lines = {}
-    for updates in sorted({run.updates for run in runs}):
+    fitted = [run.tokens for run in runs if run.tokens]
+    for updates in sorted({run.job.updates for run in runs}):
         for method, row in rows_of(runs, freeze_A, updates).items():
             cell = best_cell(row)
-            kind, fitted, _ = method.partition(":")
             found = [run.loss_test for run in cell.values()]
-            if fitted:
-                tokens = next(iter(cell.values())).tokens
+            tokens = next(iter(cell.values())).tokens
+            if tokens:
+                kind = method.partition(":")[0]
                 lines.setdefault(f"{kind}, {updates:,} updates", {})[tokens] = found
-            elif kind == "lora":
-                ends = (
-                    min(run.tokens for run in runs if run.tokens),
-                    max(run.tokens for run in runs),
-                )
+            elif fitted:
+                ends = (min(fitted), max(fitted))
                 lines[f"plain LoRA, {updates:,} updates"] = dict.fromkeys(ends, found)
     return lines
 
 
-def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
+def plot(runs: list[Run], by_tokens: bool, args: argparse.Namespace) -> None:
     """Two panels, A frozen and A trained; bands span all seeds of the first two lines."""
     import matplotlib
     from cycler import cycler
@@ -776,8 +710,7 @@ def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
     styles += cycler(marker=["o", "D", "v", "P", "^", "s", "x"])
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    by_tokens = any(":" in run.method for run in runs)
-    lowest = no_adapter
+    no_adapter = runs[0].loss_no_adapter
     for panel, freeze_A in zip(panels, (True, False), strict=True):
         panel.set_prop_cycle(styles)
         lines = against_tokens(runs, freeze_A) if by_tokens else against_rate(runs, freeze_A, args)
@@ -785,25 +718,23 @@ def plot(runs: list[Run], no_adapter: float, args: argparse.Namespace) -> None:
             x = sorted(points)
             means = [statistics.fmean(points[value]) for value in x]
             (line,) = panel.plot(x, means, markersize=4, label=label)
-            lows = [min(points[value]) for value in x]
-            highs = [max(points[value]) for value in x]
             if number < 2:  # more bands could not be told apart
+                lows = [min(points[value]) for value in x]
+                highs = [max(points[value]) for value in x]
                 panel.fill_between(x, lows, highs, color=line.get_color(), alpha=0.15, linewidth=0)
-            lowest = min(lowest, *lows)
         panel.axhline(no_adapter, color="gray", linewidth=0.8, label="no adapter")
         panel.set_xscale("log", base=2)
         ticks = sorted({value for points in lines.values() for value in points})
         panel.set_xticks(ticks, [f"{value:g}" for value in ticks], rotation=45)
         panel.set_xlabel("tokens fitted" if by_tokens else "learning rate")
         panel.set_title(f"A {'frozen' if freeze_A else 'trained'}", fontsize="medium")
-    room = no_adapter - lowest
-    panels[0].set_ylim(lowest - 0.1 * room, no_adapter + 0.1 * room)
+    panels[0].set_ylim(top=1.01 * no_adapter)  # runs that diverge end above
     panels[0].set_ylabel("test loss, nats (bands: all seeds of two)")
-    updates = " and ".join(f"{n:,}" for n in sorted({run.updates for run in runs}))
+    updates = " and ".join(f"{n:,}" for n in sorted({run.job.updates for run in runs}))
     figure.suptitle(f"{args.name}, rank {args.rank}, {updates} updates, start's cost included")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(args.plot, metadata={"Date": None} if args.plot.endswith(".svg") else None)
+    figure.savefig(args.plot, metadata={"Date": None})
 
 
 # ---------------------------------------------------------------------------- the command
@@ -829,39 +760,32 @@ def prepare(args: argparse.Namespace, work: float) -> Experiment:
 
 def main() -> None:
     args = parse_args()
-    runs = read_runs(args)
-    done = {(run.method, run.freeze_A, run.lr, run.seed, run.updates) for run in runs}
-    groups = [
-        [job for job in jobs if tuple(asdict(job).values()) not in done] for jobs in all_jobs(args)
-    ]
-    work = sum(len(jobs) * args.updates for jobs in groups)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {device}", flush=True)
-    try:
-        experiment = prepare(args, work)
+    runs = read_runs(args)
+    if not runs:
+        write_line(args, settings(args))
+    groups = [[job for job in jobs if job not in runs] for jobs in all_jobs(args)]
+    if any(groups):
+        experiment = prepare(args, work=sum(len(jobs) * args.updates for jobs in groups))
         parameters = sum(parameter.numel() for parameter in experiment.model.parameters())
         print(
-            f"\n{parameters:,} parameters, adapters of rank {args.rank} on "
+            f"{parameters:,} parameters, adapters of rank {args.rank} on "
             f"{','.join(args.targets)}; {args.updates} updates of\n{args.batch} x {args.context} "
             f"tokens; starts are fitted to {args.fit} batches; seeds 0..{args.seeds - 1}; "
             f"{torch.get_num_threads()} threads",
             flush=True,
         )
-        if not runs:
-            write_line(args, settings(args))
-        for jobs in filter(None, groups):
-            for run in experiment.carry_out(jobs):
-                runs.append(run)
-                write_line(args, asdict(run))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(runs)} runs are finished, and count")
-    if not runs:
-        return
-    order = {method: i for i, method in enumerate(args.methods)}
-    runs = sorted(runs, key=lambda run: (order.get(run.method, len(order)), run.lr, run.seed))
-    report(runs, experiment.no_adapter, args)
+    for jobs in filter(None, groups):
+        for run in experiment.carry_out(jobs):
+            runs[run.job] = run
+            write_line(args, asdict(run))
+    asked = [runs[job] for jobs in all_jobs(args) for job in jobs]
+    report(asked, args)
     if args.plot:
-        plot(runs, experiment.no_adapter, args)
+        by_tokens = any(":" in method for method in args.methods)
+        kept = [run for run in runs.values() if run.job.method in args.methods]
+        plot(kept if by_tokens else asked, by_tokens, args)
 
 
 if __name__ == "__main__":

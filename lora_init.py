@@ -130,13 +130,13 @@ class LoRALinear(nn.Module):
         """
         B = B.to(self.lora_B, copy=True).contiguous()  # fused optimizers and files read row by row
         A = A.to(self.lora_A, copy=True).contiguous()
-        for name, factor, shape in (
-            ("B", B, (self.out_features, len(A))),
-            ("A", A, (len(A), self.in_features)),
-        ):
-            if factor.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(factor.shape)}, expected {shape}")
-            _check_finite(name, factor)
+        if B.shape != (self.out_features, len(A)) or A.shape != (len(A), self.in_features):
+            raise ValueError(
+                f"B {tuple(B.shape)} and A {tuple(A.shape)} are not (out, r) and (r, in) "
+                f"with out = {self.out_features} and in = {self.in_features}"
+            )
+        _check_finite("B", B)
+        _check_finite("A", A)
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
             factor.grad = None  # it may be of another shape
             factor.data = value.to(torch.complex64)  # a loss that is still held knows the old shape
@@ -181,15 +181,15 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 # ---------------------------------------------------------------------------- 2. the algorithms
 
-P = ParamSpec("P")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def _in_float32(function: Callable[P, Result]) -> Callable[P, Result]:
+def _in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Compute in float32 at least, without a graph or autocast, and refuse NaN and Inf by name."""
 
     @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Result:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         arguments = inspect.signature(function).bind(*args, **kwargs)
         device = "cpu"
         for name, value in arguments.arguments.items():
@@ -236,7 +236,7 @@ def lora_da(
     with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
     Y + damping·mean(Y) take the places of Z and Y throughout. Without damping Z is singular if
     there are fewer rows than inputs. The default, 1, trained best on a language model. With less,
-    A leans to directions in which most inputs are small and a few are large.
+    A leans to directions in which inputs vary little.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
@@ -265,7 +265,8 @@ def lora_da(
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
        Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
-       if the N rows have this Z. It is least where A's rows are the eigenvectors of Ω's r lowest
+       if the N rows have this Z, in linear regression; elsewhere we take it for an approximation
+       where N is large. It is least where A's rows are the eigenvectors of Ω's r lowest
        eigenvalues (Ky Fan). Each eigenvalue above 0 is a direction that would better be left out.
        But Δ is unknown. The Δ̂ of M rows like these, called D, has E[DᵀD] = ΔᵀΔ +
        (1/M)·Σᵢ(1/Yᵢ)·Z⁻¹, so that 1/N + 1/M in place of 1/N keeps Ω unbiased, if Y is known and
@@ -278,11 +279,11 @@ def lora_da(
        it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
 
     5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. But gradient
-       descent trains them differently unless H is orthogonal, and Adam even then. We take an H for
-       which the features are white, A Z Aᵀ = c·I, with c = mean(diag Z)/3. This is about what
-       plain LoRA has: its rows a are uniform in ±1/√in, of variance 1/(3·in), so that
-       E[aᵀZa] = tr Z/(3·in). So its learning rates fit. As Z is the damped one, features are
-       white only roughly. This part is ours.
+       descent trains them differently unless H is orthogonal, and Adam for most orthogonal H, too.
+       We take an H for which A Z Aᵀ = c·I, with c = mean(diag Z)/3. On average plain LoRA's
+       features have this size: its rows a are uniform in ±1/√in, of variance 1/(3·in), so that
+       E[aᵀZa] = tr Z/(3·in). Z is the damped one. So the features are white without damping, and
+       with it those along small directions of Z stay small. This part is ours.
 
     A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
     estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no more and its bias no
@@ -293,14 +294,14 @@ def lora_da(
     varies like noise, and can exceed all that Ω counts.
 
     Guarantee: with exact means, `variance=0` and `damping=0`, on a quadratic loss with the Hessian
-    diag(Y) ⊗ Z, D = Δ, and BA = Δ if rank Δ ≤ r, up to rounding (in float32 0.5 % at cond Z = 1e6).
-    In regression with noise ε of variance σ² that is independent of x, this needs Yᵢ = 1/σ². A
-    measured Yᵢ = E[gᵢ²], with the data's labels and g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it
-    contains the signal, too. This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows
-    where rank Δ = r. Several layers that each take the whole step can overshoot: see
-    `init_lora_da`. Where the loss is c times as large, and so Y c² times, A's span is the same and
-    BA is divided by c. A common unit of all inputs and a rotation of them change nothing; the unit
-    of a single input does.
+    diag(Y) ⊗ Z, D = Δ, and BA = Δ if rank Δ ≤ r, up to rounding (in float32 0.2 to 4 % at cond Z =
+    1e6; singular values of D below a thousandth of the largest drown in DᵀD). In regression with
+    noise ε of variance σ² that is independent of x, this needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²],
+    with the data's labels and g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it contains the signal, too.
+    This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r. Several
+    layers that each take the whole step can overshoot: see `init_lora_da`. Where the loss is c
+    times as large, and so Y c² times, A's span is the same and BA is divided by c. A common unit of
+    all inputs and a rotation of them leave BAx as it is; the unit of a single input changes it.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
@@ -371,10 +372,10 @@ def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
        every A within it ‖ΔPAᵀ‖ = ‖ΔAᵀ‖: so they are the best A within that span.
 
     3. Why at a high rank? A span that contains another one holds an A that is as good or better.
-       With R = in it holds the best of all; `init_hrp` stops at R = min(out, in). Spans that are
-       drawn independently do not contain each other. But the first R rows of a larger random
-       A_high are distributed as a smaller one, so that a higher rank helps on average, not in
-       every draw.
+       With R = in it holds the best of all; `init_hrp` stops at R = min(out, in). Below R = in,
+       spans that are drawn independently do not contain each other. But the first R rows of a
+       larger random A_high are distributed as a smaller one, so that a higher rank helps on
+       average, not in every draw.
 
     4. How, without forming the product? Let A_highᵀ = Q K, with K triangular. The product is
        (B_high Kᵀ) Qᵀ. If B_high Kᵀ = U Σ Vᵀ, the product's right singular vectors are the columns
@@ -411,8 +412,8 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
     3. No other symmetric, positive definite map has T Z_f T = Z_p: by part 2 each of them would be
        the only one that moves x least.
 
-    It is computed in float64, as the root of Lᵀ Z_p L loses half of the digits of its small
-    eigenvalues. Raises LinAlgError where Z_f is not positive definite.
+    It is computed in float64, as an error of ε in Lᵀ Z_p L can become √ε in its root. Raises
+    LinAlgError where Z_f is not positive definite and rounding does not hide it.
     """
     L = torch.linalg.cholesky(Z_f.double())
     values, V = torch.linalg.eigh(L.mT @ Z_p.double() @ L)
@@ -461,9 +462,10 @@ def cntlora(
     x_f = S x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then
     T = S⁻¹, as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank r at most.
     With damping the largest shifts are mostly undone in part. Where S changes the mean of diag Z,
-    all other directions are rescaled, too, shifted or not, and small shifts can be overdone. A
+    T rescales all other directions, too, shifted or not, and small shifts can be overdone. A
     rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
-    about 8 s at in = 2,048 on one thread, most of it in float64. Raises as `lora_da` does.
+    about 8 s at in = 2,048 on one thread, most of it in float64. Raises as `lora_da` does, and what
+    torch raises for matrices that do not fit.
     """
     _check_rank(rank, *weight.shape)
     Z_f = _damped(input_moment, damping)
@@ -591,25 +593,25 @@ def collect_statistics(
     - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
       tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
       `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
-      if the model heeds that number, as causal models do; T5 and BERT do not;
-    - a layer that is called twice has twice the rows, and half of ∂loss/∂W as its G.
+      if the model heeds that number, as Llama and GPT-2 do; T5, BART and masked BERT do not;
+    - a layer that is called twice on equally many rows has half of ∂loss/∂W as its G.
 
     What cannot be noticed, and is wrong:
 
     - layers that see a part of the rows (experts, chunks): their step comes out too long;
     - a layer that is called and whose weight is also read: G is that of the calls alone;
-    - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
+    - a loss that differentiates inside (forces, gradient penalties), where a step is given, as the
+      search fails on it: G lacks a part of ∂loss/∂W;
     - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy;
     - a mask of (sequences, tokens) where layers see (tokens, sequences), and there are as many.
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
     inputs, (sequences, tokens), also where a model flattens these two. There is one mask for all
     layers: where an encoder and a decoder pad differently, adapt one of them, or go without a mask.
-    Nested tensors and `vmap` around the model are not supported. With tens of thousands of rows in
-    a batch float16 turns small gradients into 0, and G is off by a tenth or more; bfloat16 does
-    not. Raises ValueError for a loss that is no finite scalar with a gradient, a mask that does not
-    fit, an input changed in place before its gradient arrived, NaN or Inf, or a layer that no row
-    reached.
+    Nested tensors and `vmap` around the model are not supported. In float16, gradients at y below
+    3e-8 become 0; with many rows in a batch that can be most of them, and bfloat16 keeps them.
+    Raises ValueError for a loss that is no finite scalar with a gradient, a mask that does not fit,
+    an input changed in place that autograd lets pass, NaN or Inf, or a layer that no row reached.
     """
     statistics = {name: Statistics(layer, backward) for name, layer in layers.items()}
     calls = []  # of one batch: a layer's name, x, x's version, and where to take the gradient
@@ -682,8 +684,10 @@ def _as_found(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, training in modes:  # from the outside inwards
+        for module, training in modes:  # from the outside inwards: a train() of its own may do more
             module.train(training)
+        for module, training in modes:  # again, as a module with two parents has met both
+            module.training = training
         for adapter, scaling, A, B in adapters:
             adapter.scaling = scaling
             adapter.lora_A = A
@@ -733,11 +737,11 @@ def add_lora(
     alpha: float | None = None,
     targets: str | Iterable[str] | None = None,
 ) -> dict[str, LoRALinear]:
-    """Wrap linear layers in `LoRALinear`, in place, and freeze everything but the adapters.
+    """Wrap linear layers in `LoRALinear`, in place, and freeze everything but our adapters.
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
     is not yet adapted, by us or by PEFT. A layer that appears under two names is wrapped once and
-    listed under the first. Returns the new adapters by name. Tie weights, and put the model where
+    known by the first. Returns the new adapters by name. Tie weights, and put the model where
     it will run, before. Raises ValueError for a target that matches no linear layer, and what
     `LoRALinear` raises; then nothing changes.
     """
@@ -766,16 +770,17 @@ def add_lora(
     for name, linear in found.items():  # all of them, before anything changes
         with _naming(name):
             _check_base(linear, rank)
-    earlier = _factors(model)
     adapters = {name: LoRALinear(linear, rank, alpha) for name, linear in found.items()}
-    for parameter in set(model.parameters()) - earlier:
-        parameter.requires_grad_(False)
+    for module in model.modules():
+        if not isinstance(module, LoRALinear):  # whose own parameters are A and B
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
     _replace(model, {adapter.base_layer: adapter for adapter in adapters.values()})
     return adapters
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every adapter by its merged linear layer, in place; returns the model.
+    """Replace every adapter inside the model by its merged linear layer, in place; returns it.
 
     Raises TypeError, and changes nothing, where a base weight is stored quantized.
     """
@@ -791,12 +796,6 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             model.set_submodule(name, replacements[module])
-
-
-def _factors(model: nn.Module) -> set[nn.Parameter]:
-    """The A and B of every adapter."""
-    layers = lora_layers(model).values()
-    return {factor for layer in layers for factor in (layer.lora_A, layer.lora_B)}
 
 
 @torch.inference_mode(False)  # with gradients, also where the caller has switched them off
@@ -820,14 +819,15 @@ def init_lora_da(
     5 to 20 times as many rows as a layer has inputs are enough.
 
     ΔW is `step`·BA of `lora_da`, one step for all layers. The theory's step is 1, for a single
-    layer. With several layers that is too long, because each alone would remove the whole error;
-    0 keeps only A's directions. With `step=None` the LAST batch is held out from the fit, since on
-    the batches fitted, whose noise is in D, too long a step looks good. Of 0, 4⁻⁸ … 4², and then
-    half and twice the best of these, it takes the step with the least loss, in eval mode and with
-    the same random numbers of torch for each step; a loss that draws others (NumPy's, a generator
-    of its own) or that depends on earlier calls is compared unfairly. A small last batch chooses
-    badly. If a step of 16 or more comes back, there is a warning: then the loss is likely no mean
-    of −log p over rows.
+    layer without damping. With several layers that is too long, because each alone would remove the
+    whole error. With damping it is too short: four times where inputs are white, Y is even and
+    damping is 1. A step of 0 keeps only A's directions. With `step=None` the LAST batch is held out
+    from the fit, since on the batches fitted, whose noise is in D, too long a step looks good. Of
+    0, 4⁻⁸ … 4², and then half and twice the best of these, it takes the step with the least loss,
+    in eval mode and with the same random numbers of torch for each step; a loss that draws others
+    (NumPy's, a generator of its own) or that depends on earlier calls is compared unfairly. A small
+    last batch chooses badly. If a step of 16 or more comes back, there is a warning: the loss may
+    be no mean of −log p over rows, or damping has made D short.
 
     `layers_per_pass` bounds the memory for statistics: that many layers at a time, with a pass over
     the batches for each group. With torch.distributed every process makes this call on the same,
@@ -898,7 +898,7 @@ def init_cntlora(
             with _naming(name):
                 B, A = cntlora(layer.base_weight, *moments, rank=rank, damping=damping)
             factors[name] = (B, A)
-            c = (A @ _damped(moments[0], damping) @ A.mT).diagonal()
+            c = _damped(moments[0], damping).diagonal().mean() / 3  # A Z_f Aᵀ = c·I
             spectra[name] = B.norm(dim=0) * c.sqrt()  # the singular values of ΔW L
     if rank_budget is not None:
         for name, rank in allocate_ranks(spectra, rank_budget).items():
@@ -1039,9 +1039,8 @@ def _best_step(
 ) -> float:
     """The t with the least loss on the batch, where ΔW = t·BA."""
     adapters = lora_layers(model)
-    losses = {}
 
-    def try_step(t: float) -> None:
+    def loss_at(t: float) -> float:
         for layer in adapters.values():
             layer.scaling = t
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -1049,20 +1048,18 @@ def _best_step(
             loss = loss_fn(model, batch)
         if t == 0:
             _check_loss(loss)
-        losses[t] = _sum_over_processes(loss.nan_to_num(nan=math.inf)).item()
+        return _sum_over_processes(loss.nan_to_num(nan=math.inf)).item()
 
     with _as_found(model):
         for name, layer in adapters.items():
             _lend_factors(layer, *factors[name])
-        for t in [0.0] + [4.0**k for k in range(-8, 3)]:
-            try_step(t)
+        losses = {t: loss_at(t) for t in [0.0] + [4.0**k for k in range(-8, 3)]}
         best = min(losses, key=losses.__getitem__)
-        try_step(best / 2)
-        try_step(best * 2)
+        for t in (best / 2, best * 2):
+            losses[t] = loss_at(t)
     best = min(losses, key=losses.__getitem__)
     if best >= 16:
         warnings.warn(
-            f"step {best:g} is the end of the search: is loss_fn a mean of −log p over rows?",
-            stacklevel=6,
+            f"step {best:g} is long: is loss_fn a mean of −log p over rows?", stacklevel=2
         )
     return best
