@@ -631,6 +631,8 @@ def print_differences(rows: Rows) -> None:
     print("\nminus plain LoRA, paired by seed, with a 95 % interval; the start's loss and cost")
     print(f"{'':<14}{'best rates':>20}{f'all at {quarter:g}':>20}{'start':>9}{'cost':>6}")
     for method, row in rows.items():
+        if method == "lora":
+            continue
         best = best_cell(row)
         at_best = difference(best, best_cell(lora))
         at_quarter = difference(row[quarter], lora[quarter]) if quarter in row else ""
