@@ -265,8 +265,8 @@ def how_hot_to_preheat(draws: int) -> Scene:
             f"noise, Z = I, means of {draws} draws."
         ),
         lesson=(
-            f"A higher rank comes closer to the best A. At R = {highs[0]} more updates help "
-            "little, as A cannot leave the row space of its random start."
+            f"A higher rank comes closer to the best A. At R = {highs[0]} more updates change "
+            "nothing, as A cannot leave the row space of its random start."
         ),
         x_label="preheating rank R",
         y_label=f"residual, where 1 is the best rank {r}",
