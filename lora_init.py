@@ -52,9 +52,10 @@ class LoRALinear(nn.Module):
 
     x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
     that the function is unchanged. A and B are made in float32 at least. `alpha=None` means s = 1,
-    and `scaling = 0` switches the adapter off. Further arguments go on to the base layer, which
-    has to return one tensor. TorchScript is not supported. Raises ValueError for a rank or an alpha
-    out of range and for a lazy layer that has seen no batch, TypeError for complex weights.
+    and `scaling = 0` switches the adapter off; s is not in the state_dict, so save it, too. Further
+    arguments go on to the base layer, which has to return one tensor. TorchScript is not supported.
+    Raises ValueError for a rank or an alpha out of range and for a lazy layer that has seen no
+    batch, TypeError for complex weights.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float | None = None):
@@ -170,8 +171,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_rank(rank: int, *limits: int) -> None:
-    if not 1 <= rank <= min(limits):
-        raise ValueError(f"rank {rank} is not in 1..{min(limits)}")
+    if not isinstance(rank, int) or not 1 <= rank <= min(limits):
+        raise ValueError(f"rank {rank!r} is not an int in 1..{min(limits)}")
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -308,10 +309,10 @@ def lora_da(
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
     averaged over each sequence; it damps with 1e-6·I in any units.
 
-    A zero gradient gives B = 0 and, if variance > 0, the A of least variance. Cost: O(in³ +
-    out·in²), about 2 s at out = in = 2,048 on one thread. Raises ValueError for moments that do not
-    fit, for numbers out of range and for inputs that are all 0, LinAlgError for a singular Z, where
-    rounding does not hide it, and for a Yᵢ of 0 without damping: give more rows or more damping.
+    Cost: O(in³ + out·in²), about 2 s at out = in = 2,048 on one thread. Raises ValueError for
+    moments that do not fit, for numbers out of range, for inputs or gradients that are all 0, and
+    for a Yᵢ of 0 without damping; LinAlgError for a singular Z, where rounding does not hide it:
+    give more rows or more damping.
     """
     n_out, n_in = gradient.shape
     _check_rank(rank, n_out, n_in)
@@ -320,8 +321,8 @@ def lora_da(
         raise ValueError(f"input_moment, output_fisher: {shapes}, not {((n_in, n_in), (n_out,))}")
     if not (min(n_train, n_fitted) >= 1 and 0 <= variance < math.inf):
         raise ValueError(f"{n_train=} or {n_fitted=} is below 1, or {variance=} is not in [0, ∞)")
-    if not output_fisher.any():  # no gradient: D is 0 with any Y
-        output_fisher = torch.ones_like(output_fisher)
+    if not output_fisher.any():
+        raise ValueError(f"output_fisher is 0: {NOT_REACHED}")
 
     Z = _damped(input_moment, damping)  # (in, in)
     Y = output_fisher + damping * output_fisher.mean()  # (out,)
@@ -513,8 +514,9 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 LossFunction = Callable[[nn.Module, Any], Any]  # of the model and a batch; a scalar tensor
 MaskFunction = Callable[[Any], Tensor]  # of a batch
 NOT_REACHED = (
-    "no row reached it, or no gradient. Are there batches, does loss_fn call the model, does that "
-    "call this layer as a module, does mask_fn leave rows, and are checkpoints not reentrant?"
+    "no row reached it, or no gradient. Are there batches and labels that count, does loss_fn call "
+    "the model, does that call this layer as a module, does mask_fn leave the rows that count, and "
+    "are checkpoints not reentrant?"
 )
 
 
@@ -706,7 +708,7 @@ def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            f"loss_fn returned {found}, not a scalar tensor; without labels give a step"
+            f"loss_fn returned {found}, not a scalar tensor (init_cntlora with a step needs none)"
         )
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(
@@ -714,7 +716,9 @@ def _check_loss(loss: Any) -> None:
             "there is no_grad, detach or argmax on the way"
         )
     if not loss.isfinite():
-        raise ValueError(f"the loss is {loss.item()}: NaN in a batch, or no label that counts?")
+        raise ValueError(
+            f"the loss is {loss.item()}: NaN in a batch, float16, or no label that counts?"
+        )
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
@@ -735,6 +739,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def add_lora(
     model: nn.Module,
     rank: int,
+    *,
     alpha: float | None = None,
     targets: str | Iterable[str] | None = None,
 ) -> dict[str, LoRALinear]:
@@ -819,16 +824,16 @@ def init_lora_da(
     of rows fitted here. From a long DataLoader, take the first few batches (`itertools.islice`):
     5 to 20 times as many rows as a layer has inputs are enough.
 
-    ΔW is `step`·BA of `lora_da`, one step for all layers. The theory's step is 1, for a single
-    layer without damping. With several layers that is too long, because each alone would remove the
-    whole error. With damping it is too short: four times where inputs are white, Y is even and
-    damping is 1. A step of 0 keeps only A's directions. With `step=None` the LAST batch is held out
-    from the fit, since on the batches fitted, whose noise is in D, too long a step looks good. Of
-    0, 4⁻⁸ … 4², and then half and twice the best of these, it takes the step with the least loss,
-    in eval mode and with the same random numbers of torch for each step; a loss that draws others
-    (NumPy's, a generator of its own) or that depends on earlier calls is compared unfairly. A small
-    last batch chooses badly. If the search returns 16 or more, there is a warning: the loss may be
-    no mean of −log p over rows, or damping has made D short.
+    Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
+    theory's step is 1, for a single layer without damping. With several layers that is too long,
+    because each alone would remove the whole error. With damping it is too short: four times where
+    inputs are white, Y is even and damping is 1. A step of 0 keeps only A's directions. With
+    `step=None` the LAST batch is held out from the fit, since on the batches fitted, whose noise is
+    in D, too long a step looks good. Of 0, 4⁻⁸ … 4², and then half and twice the best of these, it
+    takes the step with the least loss, in eval mode and with the same random numbers of torch for
+    each step; a loss that draws others (NumPy's, a generator of its own) or that depends on earlier
+    calls is compared unfairly. A small last batch chooses badly. If the search returns 16 or more,
+    there is a warning: the loss may be no mean of −log p over rows, or damping has made D short.
 
     `layers_per_pass` bounds the memory for statistics: that many layers at a time, with a pass over
     the batches for each group. With torch.distributed every process makes this call on the same,
@@ -971,7 +976,7 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The model's adapters; there has to be one, and each has to be on."""
     adapters = lora_layers(model)
     if not adapters:
-        raise ValueError(f"{type(model).__name__} has no adapter: call add_lora first")
+        raise ValueError(f"{type(model).__name__} has no LoRALinear: call add_lora first")
     for name, layer in adapters.items():
         if layer.scaling == 0:
             raise ValueError(f"layer '{name}': its adapter is off, as its scaling is 0")
@@ -1058,6 +1063,10 @@ def _best_step(
         best = min(losses, key=losses.__getitem__)
         for t in (best / 2, best * 2):
             losses[t] = loss_at(t)
+    if len(set(losses.values())) == 1:
+        raise ValueError(
+            "every step has the same loss on the last batch: does a label count in it?"
+        )
     best = min(losses, key=losses.__getitem__)
     if best >= 16:
         warnings.warn(
