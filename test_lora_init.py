@@ -47,6 +47,7 @@ from lora_init import (
     lora_layers,
     merge_lora,
     monge_map,
+    white_basis,
 )
 
 torch.set_num_threads(1)
@@ -290,6 +291,8 @@ def test_no_other_A_has_a_smaller_objective(p, n_train, n_fitted, variance, damp
     G = p.matrix()
     Z = p.moment()
     Y = p.positive(p.n_out)
+    if damping and p.n_out > 1:
+        Y[0] = 0  # an output without a gradient
     counts = (n_train, n_fitted)
     options = {"variance": variance, "damping": damping}
     B, A = compute(lora_da, G, Z, Y, p.rank, *counts, **options)
@@ -467,6 +470,10 @@ def test_the_monge_map_carries_one_moment_to_the_other_and_no_other_map_moves_le
     nearby = np.linalg.qr(ours + 0.01 * p.normal(p.n_in, p.n_in)).Q
     for Q in (p.orthogonal(p.n_in), nearby):
         assert moved(T) <= moved(L_p @ Q @ np.linalg.inv(L_f)) + room
+
+    flat = np.outer(Z_p[0], Z_p[0])  # a moment of rank 1
+    T = compute(monge_map, Z_f, flat)
+    assert near(T @ Z_f @ T, flat, 1e-6)
 
     Z_f = Z_f.astype(np.float32)
     Z_p = Z_p.astype(np.float32)
@@ -866,18 +873,26 @@ GOOD = {
     hrp: {"B_high": W, "A_high": Z, "rank": 1},
     cntlora: {"weight": W, "input_moment": Z, "pretrain_moment": 2 * Z.diag().diag(), "rank": 1},
     monge_map: {"Z_f": Z, "Z_p": 2 * Z.diag().diag()},
+    white_basis: {"B": W.mT, "A": W, "Z": Z},
 }
+TALL = {"gradient": W.mT, "input_moment": Z[:2, :2], "output_fisher": W[0].abs()}
 
 
 @pytest.mark.parametrize(
     ("function", "bad", "message"),
     [
         (lora_da, {"rank": 3}, r"rank 3 is not an int in 1\.\.2"),
+        (lora_da, {**TALL, "rank": 3}, r"rank 3 is not an int in 1\.\.2"),
         (lora_da, {"n_fitted": 0}, "n_fitted=0"),
         (lora_da, {"variance": -1}, "variance=-1"),
+        (lora_da, {"variance": math.inf}, "variance=inf"),
         (lora_da, {"damping": -0.01}, "damping -0.01"),
+        (lora_da, {"damping": math.inf}, "damping inf"),
+        (lora_da, {"output_fisher": 0 * W[:, 0]}, "output_fisher is 0: .*no gradient"),
         (lora_da, {"output_fisher": torch.ones(1)}, r"output_fisher: .*\(1,\)"),
+        (hrp, {"rank": 3}, r"in 1\.\.2"),
         (hrp, {"B_high": W[:, :1], "A_high": W[:1], "rank": 2}, r"in 1\.\.1"),
+        (hrp, {"B_high": Z, "A_high": W.mT, "rank": 3}, r"in 1\.\.2"),
         (cntlora, {"rank": 3}, r"rank 3 is not an int in 1\.\.2"),
     ],
 )
@@ -909,12 +924,23 @@ def test_half_precision_is_computed_in_float32_without_autocast_or_a_graph(funct
     with torch.autocast("cpu", torch.bfloat16):
         results = function(**halves)
     assert same_bits(results, exact)
-    assert not any(result.requires_grad for result in results)
+    for result in results:
+        assert result.dtype == torch.float32
+        assert not result.requires_grad
 
 
-def test_the_decorators_keep_the_signatures():
-    assert list(inspect.signature(hrp).parameters) == ["B_high", "A_high", "rank"]
-    assert "damping" in inspect.signature(init_lora_da).parameters
+def test_signatures_show_the_defaults_and_docstrings_through_the_decorators():
+    everywhere = {"variance": 1.0, "damping": 1.0}
+    for function, expected in (
+        (lora_da, {"n_fitted": math.inf, **everywhere}),
+        (init_lora_da, everywhere),
+        (cntlora, {"damping": 0.1}),
+        (init_cntlora, {"damping": 0.1}),
+        (init_hrp, {"preheat_rank": 64, "lr": 0.01, "seed": 0}),
+    ):
+        parameters = inspect.signature(function).parameters
+        assert {name: parameters[name].default for name in expected} == expected
+        assert function.__doc__
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -1273,7 +1299,8 @@ def without_labels_in_the_last(model, batch):
         (init_cntlora, {"batches": batches_of(9)}, "number of batches is 1"),
         (init_lora_da, {"batches": [], "step": 1}, "layer 'q': no row reached it"),
         (init_lora_da, {"batches": batches_of(1, 9), "damping": 0}, "'q': .*positive-definite"),
-        (init_cntlora, {"rank_budget": 3}, "rank budget 3"),
+        (init_cntlora, {"rank_budget": 3}, r"rank budget 3 is not in 4\.\.13"),
+        (init_cntlora, {"rank_budget": 14}, r"rank budget 14 is not in 4\.\.13"),
         (init_cntlora, {"layers_per_pass": 0}, "layers_per_pass 0"),
         (init_hrp, {"preheat_rank": 1}, "layer 'q': preheat_rank=1 is below rank 2"),
         (init_hrp, {"batches": []}, "layer 'q': B_high is 0"),
