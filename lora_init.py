@@ -694,7 +694,7 @@ def _as_found(model: nn.Module) -> Iterator[None]:
 
 def _lend_factors(adapter: LoRALinear, B: Tensor, A: Tensor) -> None:
     """Give the adapter other Parameters, until `_as_found` puts its own ones back."""
-    adapter.lora_A = nn.Parameter(A.to(adapter.lora_A), requires_grad=False)
+    adapter.lora_A = nn.Parameter(A.to(adapter.lora_A))
     adapter.lora_B = nn.Parameter(B.to(adapter.lora_B))
 
 

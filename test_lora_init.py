@@ -627,11 +627,22 @@ def adapted_net(seed=0):
     return model
 
 
+class Merging(nn.Linear):
+    """In eval mode it adds a part of its own to its weight, as loralib's layers do."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += -1 if mode else 1
+        return super().train(mode)
+
+
 def net_in_training():
     """Mixed modes, a frozen adapter, gradients, and a loss with its graph, which has no copy."""
     model = adapted_net()
     model.drop.eval()
     model.wrapped = nn.Sequential(model.drop)  # a second parent, in another mode
+    model.merging = Merging(1, 1)
+    nn.init.ones_(model.merging.weight)
     model.k.requires_grad_(False)
     model.norm.requires_grad_(True)
     model.loss = mean_loss(model, batches_of(5)[0])
@@ -786,8 +797,11 @@ def test_add_lora_takes_every_linear_layer_or_names_and_suffixes():
     assert set(others) == {f"layers.{i}" for i in range(12)}
     factors = {f"{name}.lora_{letter}" for name in others for letter in "AB"}
     assert trainable(model) == {"head.lora_B", *factors}
+    assert model["layers"][0].scaling == 1
     with pytest.raises(ValueError, match="to adapt in ModuleDict"):
         add_lora(model, 1)
+    with pytest.raises(ValueError, match="to adapt in Linear"):
+        add_lora(nn.Linear(2, 2), 1)
 
 
 def test_merge_lora_gives_the_same_function_in_plain_layers():
@@ -1015,7 +1029,7 @@ def test_statistics_are_per_row_means_of_what_counts(sizes, seed, share, flat, c
         assert near(actual[name].output_fisher, Y), name
 
 
-@pytest.mark.parametrize("mask", [torch.ones(5), torch.ones(5, 2), -1e9 * torch.eye(2, 5)])
+@pytest.mark.parametrize("mask", [torch.ones(5), torch.ones(5, 2), -1e9 * torch.eye(2, 5), [1]])
 def test_a_mask_that_does_not_fit_or_is_added_to_logits_is_refused(mask):
     """(5, 2) has as many numbers as (2, 5), but it would pick other rows."""
     x, labels = batches_of(10)[0]
@@ -1284,6 +1298,10 @@ def test_a_layer_that_cannot_be_started_is_named_and_no_other_changes(init, spoi
     assert changes(before, model) == set()
 
 
+def without_the_model(model, batch):
+    return torch.ones((), requires_grad=True)
+
+
 def without_labels_in_the_last(model, batch):
     return mean_loss(model, batch) * (len(batch[0]) == 5)
 
@@ -1293,6 +1311,7 @@ def without_labels_in_the_last(model, batch):
     [
         (init_lora_da, {"n_train": 0}, "layer 'q': .*n_train=0"),
         (init_lora_da, {"step": math.nan}, "step nan is not in"),
+        (init_lora_da, {"loss_fn": without_the_model}, "layer 'q': no row reached it"),
         (init_lora_da, {"loss_fn": without_labels_in_the_last}, "every step has the same loss"),
         (init_cntlora, {"step": -1}, "step -1 is not in"),
         (init_lora_da, {"batches": []}, "number of batches is 0"),
@@ -1482,28 +1501,12 @@ def t5():
     return hugging_face("T5", "ConditionalGeneration", targets, **no_dropout, **sizes)
 
 
-class Merging(nn.Linear):
-    """In eval mode it adds a part of its own to its weight, as loralib's layers do."""
-
-    is_merged = False
-
-    def train(self, mode=True):
-        if mode == self.is_merged:
-            self.weight.data += -0.5 if mode else 0.5
-            self.is_merged = not mode
-        return super().train(mode)
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y if self.is_merged else y + 0.5 * x.sum(dim=-1, keepdim=True)
-
-
 class Vision(nn.Module):
     """Outputs changed in place, through a view, too; a layer that computes its weight."""
 
     def __init__(self):
         super().__init__()
-        self.embed = Merging(3, 8)
+        self.embed = nn.Linear(3, 8)
         self.qkv = nn.Linear(8, 8)
         self.mlp = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
         self.head = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
