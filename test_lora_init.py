@@ -771,7 +771,7 @@ def test_factors_from_the_meta_device_get_their_numbers_and_others_keep_them():
 
 
 def tiny():
-    """Twelve layers, one of them under two names, a convolution, an adapter of PEFT's, a head."""
+    """Twelve layers, one under two names, a convolution, an adapter of PEFT's, a head, a scale."""
     layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(12)])
     pefts = {"base_layer": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2)}
     parts = {
@@ -781,7 +781,9 @@ def tiny():
         "pefts": nn.ModuleDict(pefts),
         "head": nn.Linear(6, 4),
     }
-    return nn.ModuleDict(parts)
+    model = nn.ModuleDict(parts)
+    model.scale = nn.Parameter(torch.ones(()))
+    return model
 
 
 def test_add_lora_takes_every_linear_layer_or_names_and_suffixes():
@@ -800,6 +802,8 @@ def test_add_lora_takes_every_linear_layer_or_names_and_suffixes():
     assert model["layers"][0].scaling == 1
     with pytest.raises(ValueError, match="to adapt in ModuleDict"):
         add_lora(model, 1)
+    two = nn.ModuleList([tiny(), tiny()])
+    assert set(add_lora(two, 1, targets="head")) == {"0.head", "1.head"}
     with pytest.raises(ValueError, match="to adapt in Linear"):
         add_lora(nn.Linear(2, 2), 1)
 
@@ -829,6 +833,7 @@ def test_merge_lora_gives_the_same_function_in_plain_layers():
         ({"targets": ["head", "conv"]}, "'conv' matches no"),
         ({"targets": []}, "no linear layer is left to adapt in ModuleDict"),
         ({"rank": 5}, r"layer 'head': rank 5 is not an int in 1\.\.4"),
+        ({"rank": 7}, r"layer 'layers.0': rank 7"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": 0.0}, "alpha 0.0"),
         ({"alpha": math.inf}, "alpha inf"),
@@ -947,9 +952,9 @@ def test_signatures_show_the_defaults_and_docstrings_through_the_decorators():
     everywhere = {"variance": 1.0, "damping": 1.0}
     for function, expected in (
         (lora_da, {"n_fitted": math.inf, **everywhere}),
-        (init_lora_da, everywhere),
+        (init_lora_da, {"n_train": None, "step": None, "layers_per_pass": None, **everywhere}),
         (cntlora, {"damping": 0.1}),
-        (init_cntlora, {"damping": 0.1}),
+        (init_cntlora, {"rank_budget": None, "step": None, "damping": 0.1}),
         (init_hrp, {"preheat_rank": 64, "lr": 0.01, "seed": 0}),
     ):
         parameters = inspect.signature(function).parameters
@@ -1095,7 +1100,9 @@ def test_lora_da_on_a_model_is_lora_da_on_its_statistics(n_train, step):
 
 
 @pytest.mark.parametrize("old", [None, batches_of(9, seed=1)])
-@pytest.mark.parametrize(("rank_budget", "step"), [(None, 0), (4, 1), (9, 0.5), (13, 1)])
+@pytest.mark.parametrize(
+    ("rank_budget", "step"), [(None, 0), (4, 1), (6, 1), (8, 0.5), (10, 1), (13, 1)]
+)
 def test_cntlora_on_a_model_is_cntlora_on_its_moments(old, rank_budget, step):
     """s·BA is step·BA of cntlora(W, Z_f, Z_p), from forward passes alone.
 
