@@ -71,7 +71,10 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=int, default=4, help="how many: of the batches and of the starts")
     add("--train-batches", type=int, help="few data: that many batches, repeated over and over")
     add("--json", help="keep finished runs in this file, and go on from those that it holds")
-    add("--plot", help="draw loss against rate, or against tokens fitted (needs matplotlib)")
+    add(
+        "--plot",
+        help="draw loss against rate; with lora_da:N, --json against tokens fitted",
+    )
     add("--fast", action="store_true", help="smoke test: sets --updates, --seeds and --rates")
     args = parser.parse_args()
 
@@ -735,7 +738,7 @@ def plot(runs: list[Run], by_tokens: bool, args: argparse.Namespace) -> None:
     updates = " and ".join(f"{n:,}" for n in sorted({run.job.updates for run in runs}))
     figure.suptitle(f"{args.name}, rank {args.rank}, {updates} updates, start's cost included")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(args.plot, metadata={"Date": None})
 
 
@@ -786,8 +789,7 @@ def main() -> None:
     report(asked, args)
     if args.plot:
         by_tokens = any(":" in method for method in args.methods)
-        kept = [run for run in runs.values() if run.job.method in args.methods]
-        plot(kept if by_tokens else asked, by_tokens, args)
+        plot(list(runs.values()) if by_tokens else asked, by_tokens, args)
 
 
 if __name__ == "__main__":

@@ -817,7 +817,7 @@ def init_lora_da(
     `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of different
     rows that fine-tuning will see, which are tokens in a language model; left out, it is the number
     of rows fitted here. From a long DataLoader, take the first few batches (`itertools.islice`):
-    5 to 20 times as many rows as a layer has inputs are enough.
+    about 20 times as many rows as a layer has inputs are enough.
 
     Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
     theory's step is 1, for a single layer without damping. With several layers that is too long,
