@@ -400,6 +400,7 @@ class Experiment:
         """The jobs of one method, side by side."""
         method = jobs[0].method
         updates = cost(method, self.args)  # they go to the start
+        fitted = batches_fitted(method, self.args) if updates else 0
         starts = {seed: self.find_start(method, seed) for seed in {job.seed for job in jobs}}
         trained_by_job = torch.tensor([not job.freeze_A for job in jobs], device=DEVICE)
         rate_by_job = torch.tensor([job.lr for job in jobs], device=DEVICE)
@@ -439,9 +440,7 @@ class Experiment:
                 loss_dev=loss_dev[i].item(),
                 loss_test=loss_test[i].item(),
                 step=start.step,
-                tokens=batches_fitted(method, self.args) * self.tokens_of_a_batch()
-                if updates
-                else 0,
+                tokens=fitted * self.tokens_of_a_batch(),
                 cost=updates,
                 loss_no_adapter=self.no_adapter,
             )
