@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     add("--json", help="keep finished runs in this file, and go on from those that it holds")
     add(
         "--plot",
-        help="draw loss against rate; with lora_da:N, --json against tokens fitted",
+        help="draw loss against rate, or against tokens fitted where a method has :N",
     )
     add("--fast", action="store_true", help="smoke test: sets --updates, --seeds and --rates")
     args = parser.parse_args()
@@ -313,7 +313,7 @@ class Job:
     freeze_A: bool
     lr: float
     seed: int
-    updates: int  # what the start costs included
+    updates: int  # including what the start costs
 
 
 @dataclass

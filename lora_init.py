@@ -140,8 +140,8 @@ class LoRALinear(nn.Module):
         _check_finite("A", A)
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
             factor.grad = None  # it may be of another shape
-            factor.data = value.to(torch.complex64)  # a loss that is still held knows the old shape
-            factor.data = value  # until the dtype has changed once
+            factor.data = value.to(torch.complex64)  # only a change of dtype makes autograd forget
+            factor.data = value  # the old shape, if a loss is still held
 
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
@@ -228,7 +228,7 @@ def lora_da(
         A = the eigenvectors of Ω's r lowest eigenvalues, as rows
         B = D Aᵀ                                the part of the step within A
 
-    and then another basis of the same B A (5). N is `n_train`, the number of different rows that
+    and then another basis of the same BA (see 5). N is `n_train`, the number of different rows that
     fine-tuning will see, and M is `n_fitted`, infinite where the means are exact. A row is one x
     with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
     Y + damping·mean(Y) take the places of Z and Y throughout. Without damping Z is singular if
@@ -257,18 +257,18 @@ def lora_da(
     3. Which A? Let AAᵀ = I, fixed before the N rows are drawn, and keep the part of Δ̂ in A's row
        space: Ŵ = W + Δ̂AᵀA. Its error is
            Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA).
-       The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0. So in
-       sums of squares, which ‖·‖² is throughout, and as ‖ΔAᵀA‖ = ‖ΔAᵀ‖,
+       The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0. Let
+       ‖·‖² be the sum of squares, here and below. Then, as ‖ΔAᵀA‖ = ‖ΔAᵀ‖,
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
        Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
        if the N rows have this Z, in linear regression; elsewhere we take it for an approximation
-       where N is large. It is least where A's rows are the eigenvectors of Ω's r lowest
-       eigenvalues (Ky Fan). Each eigenvalue above 0 is a direction that would better be left out.
+       where N is large. The error is least where A's rows are the eigenvectors of Ω's r lowest
+       eigenvalues (Ky Fan). A direction with an eigenvalue above 0 would better be left out.
        But Δ is unknown. The Δ̂ of M rows like these, called D, has E[DᵀD] = ΔᵀΔ +
        (1/M)·Σᵢ(1/Yᵢ)·Z⁻¹, so that 1/N + 1/M in place of 1/N keeps Ω unbiased, if Y is known and
-       nothing is damped. This holds at a fixed A: the A that looks best is partly luck. `variance`
-       multiplies this term.
+       nothing is damped. This holds at a fixed A: the A that looks best does so partly by luck.
+       `variance` multiplies the term with Z⁻¹ in Ω.
 
     4. Which estimate, and which B? Let the loss be quadratic with the Hessian J. Then its gradient
        at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), as row after row
@@ -276,11 +276,11 @@ def lora_da(
        it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
 
     5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. But gradient
-       descent trains them differently unless H is orthogonal, and Adam for most orthogonal H, too.
+       descent trains them differently unless H is orthogonal, and Adam even for most orthogonal H.
        We take an H for which A Z Aᵀ = c·I, with c = mean(diag Z)/3. Without damping the features
-       are white, and on average as large as plain LoRA's: its rows a are uniform in ±1/√in, of
-       variance 1/(3·in), so that E[aᵀZa] = tr Z/(3·in). Damping makes Z and c larger, and then
-       features along small directions of Z stay small. This part is ours.
+       A x are white, and on average as large as plain LoRA's. Its A has entries uniform in ±1/√in,
+       of variance 1/(3·in), so that E[aᵀZa] = tr Z/(3·in) for a row a. Damping makes Z and c
+       larger, and then features along small directions of Z stay small. This part is ours.
 
     A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
     estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no more and its bias no
@@ -297,9 +297,9 @@ def lora_da(
     with the data's labels and g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it contains the signal, too.
     This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r. Several
     layers that each take the whole step can overshoot: see `init_lora_da`. Where the loss is c
-    times as large, and so Y c² times, A's span is the same and BA is divided by c. A common unit of
-    all inputs and a rotation of them leave BAx as it is; the unit of a single input changes it, if
-    BA ≠ Δ.
+    times as large, and so Y c² times, A's span is the same and BA is divided by c. A
+    rotation of the inputs, or a new unit for all of them, leaves BAx as it is; a new unit for one
+    of them changes it, if BA ≠ Δ.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
@@ -446,14 +446,14 @@ def cntlora(
     2. Inputs: look for W + ΔW in the form W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take
        the one that moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
     3. Without Z_p: assume that pre-training inputs were white and as large as the new ones,
-       Z_p = mean(diag Z_f)·I. Then T ∝ Z_f^−½, as this is symmetric, positive definite and right
-       (`monge_map` 3); it also whitens what never shifted.
+       Z_p = mean(diag Z_f)·I. Then T ∝ Z_f^−½: this T is symmetric and positive definite and
+       has T Z_f T = Z_p (`monge_map` 3). It also whitens what never shifted.
     4. Rank r: let L Lᵀ = Z_f and ΔW L = U Σ Vᵀ. Then E‖(ΔW − BA)x‖² = ‖(ΔW − BA)L‖² is least for
        BA = (ΔW L) V_r V_rᵀL⁻¹, where V_r holds the top r right singular vectors (Eckart–Young).
        They are the top eigenvectors of (ΔW L)ᵀ(ΔW L), which spares an SVD. With B = (ΔW L) V_r and
        A = V_rᵀL⁻¹ the features are white: A Z_f Aᵀ = V_rᵀL⁻¹LLᵀL⁻ᵀV_r = I. The basis of `lora_da`
-       (5) is √c times this A. With Σ^½ in both factors, ΔW = 0 would make both of them 0. There
-       both gradients, GAᵀ and BᵀG, vanish, and training could not start.
+       (5) is √c times this A. If B and A took Σ^½ each, ΔW = 0 would make both of them 0. Then
+       both gradients, GAᵀ and BᵀG, would vanish, and training could not start.
 
     Guarantee, for the damped moments: the moments of Wx match at r = min(in, out); Z_p = Z_f gives
     ΔW = 0 up to rounding, and an A without a meaning. With `damping=0` and Z_p given, a shift x_f =
@@ -535,7 +535,7 @@ class Statistics:
         self.output_fisher = torch.zeros(n_out, device=device, dtype=dtype)
 
     def add(self, x: Tensor, g: Tensor | None) -> None:
-        """Add rows x (rows, in) and the gradients g (rows, out) of the loss, the rows' mean.
+        """Add rows x (rows, in) and g (rows, out), the gradients of a loss that averages rows.
 
         By the chain rule ∂loss/∂W is the sum of g xᵀ over rows: autograd need not compute it.
         """
@@ -576,9 +576,9 @@ def collect_statistics(
     the inputs and output gradients of all these layers. With torch.distributed every process passes
     batches of its own and gets the means over all; an error in one leaves the others waiting.
 
-    `loss_fn(model, batch)` gets your model itself, in eval mode, as in an evaluation of your own:
-    what that changes in the model, such as a memory that each call updates, is yours. It must leave
-    the batch as it was. Modes, adapters and every `.grad` are as before afterwards. Eval mode turns
+    `loss_fn(model, batch)` gets your model itself, in eval mode. What a call changes in the model
+    beyond that, such as a memory that it updates, is not undone. `loss_fn` must leave the batch as
+    it was. Afterwards modes, adapters and every `.grad` are as before. Eval mode turns
     Hugging Face's checkpointing off: to keep it, let `loss_fn` call `model.train()` first. The loss
     is the MEAN of −log p over the rows: a row's g is then the gradient at the layer's output times
     the number of rows in that call that the mask leaves. It follows that
@@ -586,16 +586,16 @@ def collect_statistics(
     - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
       divided by v, and the residuals should have this v;
     - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
-      makes up for it only roughly. So it is where the loss is a mean over sequences of n tokens:
-      the step is too short by n if each token has a label, by about n if a sequence has one and
-      its tokens are independent with mean 0;
+      makes up for it only roughly. The same holds where the loss is a mean over sequences of n
+      tokens: the step is n times too short if each token has a label, about n times if a sequence
+      has one and its tokens are independent with mean 0;
     - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
       tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
       `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
       if the model heeds that number, as Llama and GPT-2 do; T5, BART and masked BERT do not;
     - a layer that is called twice on equally many rows has half of ∂loss/∂W as its G.
 
-    What cannot be noticed, and is wrong:
+    Wrong, and not noticed:
 
     - layers that see a part of the rows (experts, chunks): their step comes out too long;
     - a layer that is called and whose weight is also read: G is that of the calls alone;
@@ -742,8 +742,8 @@ def add_lora(
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
     is not yet adapted, by us or by PEFT. A layer that appears under two names is wrapped once and
-    known by the first. Returns the new adapters by name. Tie weights, and put the model where
-    it will run, before. Raises ValueError for a target that matches no linear layer, and what
+    known by the first. Returns the new adapters by name. First tie weights, and put the model
+    where it will run. Raises ValueError for a target that matches no linear layer, and what
     `LoRALinear` raises; then nothing changes.
     """
     adapted = [module for module in model.modules() if hasattr(module, "base_layer")]
@@ -821,7 +821,7 @@ def init_lora_da(
 
     Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
     theory's step is 1, for a single layer without damping. With several layers that is too long,
-    because each alone would remove the whole error. With damping it is too short: four times where
+    because each alone would remove the whole error. With damping it is too short: fourfold where
     inputs are white, Y is even and damping is 1. A step of 0 keeps only A's directions. With
     `step=None` the LAST batch is held out from the fit, since on the batches fitted, whose noise is
     in D, too long a step looks good. Of 0, 4⁻⁸ … 4², and then half and twice the best of these, it
@@ -875,8 +875,8 @@ def init_cntlora(
 
     Labels choose the step and are not used by the fit, which takes forward passes alone. Without
     labels pass `step=1`, and let `loss_fn` call the model. `pretrain_batches` give Z_p. With a
-    `rank_budget`, `allocate_ranks` spends that many ranks in all; s stays as it is. Make the
-    optimizer afterwards, as the factors change their shapes. All full-rank factors are then held at
+    `rank_budget`, `allocate_ranks` spends that many ranks in all, and s stays as it is. The factors
+    then change their shapes, so make the optimizer afterwards; all full-rank factors are held at
     once, whatever `layers_per_pass`. The rest is as in `init_lora_da`; a base weight that is stored
     quantized is a TypeError. A layer that multiplies its stored weight by a number of its own, in
     a forward of its own, gets a ΔW in the stored weight's units.
@@ -923,9 +923,9 @@ def init_hrp(
     Only B_high is trained, in eval mode: it starts at 0, and A_high is drawn by `seed` and stays
     frozen. `preheat_rank` is capped at min(in, out) of each layer. Rank, number of updates and rate
     of the preheating are our choices, not the paper's. With torch.distributed an update takes the
-    mean gradient of one batch from every process, so that all have to pass equally many. Raises
-    ValueError for a `preheat_rank` below an adapter's rank and for a layer that no gradient
-    reached, as without batches; then no layer has changed.
+    mean gradient of one batch from every process, so that all have to pass equally many
+    batches. Raises ValueError for a `preheat_rank` below an adapter's rank and for a layer that no
+    gradient reached, as without batches; then no layer has changed.
     """
     adapters = _adapters(model)
     generator = torch.Generator(device="cpu").manual_seed(seed)
