@@ -1020,14 +1020,9 @@ def _start(
     """Set every adapter's factors so that ΔW = step·BA, and return the step."""
     if step is None:
         step = _best_step(model, factors, held_out, loss_fn)
-    adapters = lora_layers(model)
-    for name, layer in adapters.items():
+    for name, layer in lora_layers(model).items():
         B, A = factors[name]
-        factors[name] = (step / layer.scaling * B, A)
-        with _naming(name):
-            _check_finite("B", factors[name][0])
-    for name, layer in adapters.items():  # only now, so that all layers change or none
-        layer.set_factors(*factors[name])
+        layer.set_factors(step / layer.scaling * B, A)
     return step
 
 
@@ -1045,11 +1040,10 @@ def _best_step(
         for layer in adapters.values():
             layer.scaling = t
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(0)  # the same random numbers for each step
-            loss = loss_fn(model, batch)
+            loss = loss_fn(model, batch)  # each step meets the same random numbers
         if t == 0:
             _check_loss(loss)
-        return _sum_over_processes(loss.nan_to_num(nan=math.inf)).item()
+        return _sum_over_processes(loss.clone()).item()  # NaN is never the least
 
     with _as_found(model):
         for name, layer in adapters.items():

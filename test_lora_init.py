@@ -641,8 +641,9 @@ def net_in_training():
     model = adapted_net()
     model.drop.eval()
     model.wrapped = nn.Sequential(model.drop)  # a second parent, in another mode
-    model.merging = Merging(1, 1)
-    nn.init.ones_(model.merging.weight)
+    model.merging = nn.ModuleList([Merging(1, 1), Merging(1, 1).eval()])
+    for layer in model.merging:
+        nn.init.ones_(layer.weight)
     model.k.requires_grad_(False)
     model.norm.requires_grad_(True)
     model.loss = mean_loss(model, batches_of(5)[0])
@@ -773,7 +774,7 @@ def test_factors_from_the_meta_device_get_their_numbers_and_others_keep_them():
 def tiny():
     """Twelve layers, one under two names, a convolution, an adapter of PEFT's, a head, a scale."""
     layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(12)])
-    pefts = {"base_layer": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2)}
+    pefts = {"base_layer": nn.Linear(4, 4), "lora_A": nn.ModuleDict({"default": nn.Linear(4, 2)})}
     parts = {
         "layers": layers,
         "tied": layers[1],
@@ -799,11 +800,12 @@ def test_add_lora_takes_every_linear_layer_or_names_and_suffixes():
     assert set(others) == {f"layers.{i}" for i in range(12)}
     factors = {f"{name}.lora_{letter}" for name in others for letter in "AB"}
     assert trainable(model) == {"head.lora_B", *factors}
-    assert model["layers"][0].scaling == 1
     with pytest.raises(ValueError, match="to adapt in ModuleDict"):
         add_lora(model, 1)
     two = nn.ModuleList([tiny(), tiny()])
-    assert set(add_lora(two, 1, targets="head")) == {"0.head", "1.head"}
+    heads = add_lora(two, 2, targets="head")
+    assert set(heads) == {"0.head", "1.head"}
+    assert heads["0.head"].scaling == 1
     with pytest.raises(ValueError, match="to adapt in Linear"):
         add_lora(nn.Linear(2, 2), 1)
 
@@ -954,7 +956,8 @@ def test_signatures_show_the_defaults_and_docstrings_through_the_decorators():
         (lora_da, {"n_fitted": math.inf, **everywhere}),
         (init_lora_da, {"n_train": None, "step": None, "layers_per_pass": None, **everywhere}),
         (cntlora, {"damping": 0.1}),
-        (init_cntlora, {"rank_budget": None, "step": None, "damping": 0.1}),
+        (init_cntlora, {"rank_budget": None, "step": None, "layers_per_pass": None}),
+        (init_cntlora, {"damping": 0.1}),
         (init_hrp, {"preheat_rank": 64, "lr": 0.01, "seed": 0}),
     ):
         parameters = inspect.signature(function).parameters
@@ -1110,6 +1113,7 @@ def test_cntlora_on_a_model_is_cntlora_on_its_moments(old, rank_budget, step):
     """
     model = net_in_training()
     new = batches_of(14, 16)
+    assert not collect(model, new, outputs, backward=False)["q"].gradient.numel()
     statistics = [collect(model, source, mean_loss, **MASK) for source in (new, old or new)]
     options = {"pretrain_batches": old and iter(old), "step": step, "damping": 0.2, **MASK}
     init_cntlora(model, iter(new), outputs, rank_budget=rank_budget, **options)
@@ -1321,6 +1325,7 @@ def without_labels_in_the_last(model, batch):
         (init_lora_da, {"loss_fn": without_the_model}, "layer 'q': no row reached it"),
         (init_lora_da, {"loss_fn": without_labels_in_the_last}, "every step has the same loss"),
         (init_cntlora, {"step": -1}, "step -1 is not in"),
+        (init_lora_da, {"step": math.inf}, "step inf is not in"),
         (init_lora_da, {"batches": []}, "number of batches is 0"),
         (init_cntlora, {"batches": batches_of(9)}, "number of batches is 1"),
         (init_lora_da, {"batches": [], "step": 1}, "layer 'q': no row reached it"),
