@@ -1059,6 +1059,6 @@ def _best_step(
     best = min(losses, key=losses.__getitem__)
     if best >= 16:
         warnings.warn(
-            f"step {best:g} is long: is loss_fn a mean of −log p over rows?", stacklevel=2
+            f"step {best:g} is long: is loss_fn a mean of −log p over rows?", stacklevel=1
         )
     return best
