@@ -155,7 +155,8 @@ class Block(nn.Module):
         scores = q @ k.mT / math.sqrt(q.shape[-1])  # (N, heads, T, T)
         later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
         h = scores.masked_fill(later, -math.inf).softmax(dim=-1) @ v
-        x = x + self.o(h.transpose(1, 2).reshape(N, T, C))
+        h = h.transpose(1, 2).reshape(N, T, C)
+        x = x + self.o(h)
         return x + self.down(F.gelu(self.up(self.norm_2(x))))  # (N, T, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -195,7 +196,8 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean −log p of the next token, in nats; batch (N, T + 1)."""
     output = model(batch[:, :-1])
     logits = getattr(output, "logits", output)  # (N, T, vocabulary)
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    labels = batch[:, 1:].flatten()
+    return F.cross_entropy(logits.float().flatten(0, 1), labels)
 
 
 def pretrain(model: nn.Module, batches: Tensor, progress: "Progress") -> None:
@@ -228,16 +230,19 @@ def read_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The documents of pre-training (none with --model) and of fine-tuning."""
     old = []
     if not args.model:
-        old = read_files(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+        library = Path(sysconfig.get_paths()["stdlib"])
+        old = read_files(sorted(library.glob("*.py")))
     if not args.text:
         from pydoc_data.topics import topics
 
         return old, [topics[name] for name in sorted(topics)]
     path = Path(args.text)
     if path.is_dir():
-        return old, read_files(sorted(file for file in path.rglob("*") if file.is_file()))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return old, read_files(files)
     text = path.read_text(encoding="utf-8")
-    return old, [text[i : i + 2048] for i in range(0, len(text), 2048)]
+    begins = range(0, len(text), 2048)
+    return old, [text[i : i + 2048] for i in begins]
 
 
 def read_files(files: list[Path]) -> list[str]:
@@ -283,7 +288,8 @@ def held_out(tokens: Tensor, args: argparse.Namespace) -> list[Tensor]:
     rows = windows(tokens, args)
     batches = min(HELD_OUT_TOKENS // args.context, len(rows)) // args.batch
     every = len(rows) // (batches * args.batch)
-    return list(rows[::every][: batches * args.batch].to(DEVICE).split(args.batch))
+    chosen = rows[::every][: batches * args.batch]
+    return list(chosen.to(DEVICE).split(args.batch))
 
 
 class Progress:
@@ -353,7 +359,8 @@ def losses(model: nn.Module, stacked: dict[str, Tensor], batch: Tensor) -> Tenso
 @torch.no_grad()
 def evaluate(model: nn.Module, stacked: dict[str, Tensor], batches: list[Tensor]) -> Tensor:
     """The mean loss of each run (runs,) on a held-out text."""
-    total = torch.stack([losses(model, stacked, batch) for batch in batches]).mean(dim=0)
+    by_batch = [losses(model, stacked, batch) for batch in batches]
+    total = torch.stack(by_batch).mean(dim=0)
     return total.nan_to_num(nan=math.inf, posinf=math.inf)  # a run that has diverged
 
 
@@ -401,7 +408,8 @@ class Experiment:
         method = jobs[0].method
         updates = cost(method, self.args)  # they go to the start
         fitted = batches_fitted(method, self.args) if updates else 0
-        starts = {seed: self.find_start(method, seed) for seed in {job.seed for job in jobs}}
+        seeds = sorted({job.seed for job in jobs})
+        starts = {seed: self.find_start(method, seed) for seed in seeds}
         trained_by_job = torch.tensor([not job.freeze_A for job in jobs], device=DEVICE)
         rate_by_job = torch.tensor([job.lr for job in jobs], device=DEVICE)
         stacked = {}
@@ -411,7 +419,8 @@ class Experiment:
             stacked[name] = torch.stack(tensors).requires_grad_()  # (runs, …)
             rate = rate_by_job * trained_by_job if name.endswith("lora_A") else rate_by_job
             rates[name] = rate[:, None, None]
-        batches = torch.stack([self.batches[job.seed] for job in jobs], dim=1)[updates:]
+        all_batches = [self.batches[job.seed] for job in jobs]
+        batches = torch.stack(all_batches, dim=1)[updates:]
 
         loss_dev = torch.full((len(jobs),), math.inf, device=DEVICE)
         loss_test = loss_dev
@@ -422,14 +431,14 @@ class Experiment:
             losses(self.model, stacked, batch).sum().backward()
             adam_step(optimizer, stacked, rates)
             schedule.step()
-            self.progress.advance(f"{method}, seeds {sorted(starts)}", work=len(jobs))
+            self.progress.advance(f"{method}, seeds {seeds}", work=len(jobs))
             check = self.args.train_batches and update % CHECK_EVERY == 0
             if check or update == len(batches):  # with few data the best checkpoint counts
                 loss = evaluate(self.model, stacked, self.dev)
                 better = loss < loss_dev
                 loss_dev = loss.where(better, loss_dev)
                 loss_test = evaluate(self.model, stacked, self.test).where(better, loss_test)
-        self.progress.advance(f"{method}, seeds {sorted(starts)}", work=updates * len(jobs))
+        self.progress.advance(f"{method}, seeds {seeds}", work=updates * len(jobs))
 
         finished = []
         for i, job in enumerate(jobs):
@@ -511,7 +520,8 @@ class Experiment:
             G = means[name].gradient
             Z = torch.eye(G.shape[1], device=DEVICE)
             Y = torch.ones(len(G), device=DEVICE)
-            factors[name] = lora_init.lora_da(G, Z, Y, self.args.rank, 1, variance=0, damping=0)
+            exact = {"variance": 0, "damping": 0}
+            factors[name] = lora_init.lora_da(G, Z, Y, self.args.rank, n_train=1, **exact)
 
         def loss_at(step: float) -> float:
             for name, adapter in self.adapters.items():
@@ -519,7 +529,8 @@ class Experiment:
                 adapter.set_factors(step * B, A)
             return self.loss([held_out_batch])
 
-        found = {step: loss_at(step) for step in [0.0] + [4.0**k for k in range(-4, 9)]}
+        grid = [0.0] + [4.0**k for k in range(-4, 9)]
+        found = {step: loss_at(step) for step in grid}
         best = min(found, key=found.__getitem__)
         loss_at(best)
         return best
@@ -551,9 +562,12 @@ def read_runs(args: argparse.Namespace) -> dict[Job, Run]:
     header, *lines = Path(args.json).read_text(encoding="utf-8").splitlines()
     if json.loads(header) != settings(args):
         sys.exit(f"{args.json} holds runs of other code or settings: delete it, or name another")
-    found = [json.loads(line) for line in lines]
-    runs = [Run(job=Job(**content.pop("job")), **content) for content in found]
-    return {run.job: run for run in runs}
+    runs = {}
+    for line in lines:
+        content = json.loads(line)
+        job = Job(**content.pop("job"))
+        runs[job] = Run(job, **content)
+    return runs
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
@@ -588,7 +602,9 @@ def rows_of(runs: list[Run], freeze_A: bool, updates: int) -> Rows:
     for run in runs:
         job = run.job
         if job.freeze_A == freeze_A and job.updates == updates:
-            rows.setdefault(job.method, {}).setdefault(job.lr, {})[job.seed] = run
+            row = rows.setdefault(job.method, {})
+            cell = row.setdefault(job.lr, {})
+            cell[job.seed] = run
     return rows
 
 
@@ -610,7 +626,8 @@ def difference(ours: Cell, plain: Cell) -> str:
     gaps = [ours[seed].loss_test - plain[seed].loss_test for seed in ours]
     if len(gaps) not in T_95:  # one or two seeds prove nothing
         return f"{statistics.fmean(gaps):+.4f}"
-    half = T_95[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    standard_error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = T_95[len(gaps)] * standard_error
     return f"{statistics.fmean(gaps):+.4f} ± {half:.4f}"
 
 
@@ -643,17 +660,14 @@ def print_differences(rows: Rows) -> None:
 
 
 def print_steps(rows: Rows) -> None:
-    """The steps that the starts have chosen, with a word where the search was at its end."""
+    """The steps that the starts have chosen at their best rate."""
     for method, row in rows.items():
         kind = method.partition(":")[0]
         if kind in ("gradient_svd", "lora_da", "cntlora"):
             steps = [run.step for _, run in sorted(best_cell(row).items())]
-            line = f"{method} chose the steps {', '.join(f'{step:.3g}' for step in steps)}"
+            print(f"{method} chose the steps {', '.join(f'{step:.3g}' for step in steps)}")
             if 0 in steps:
-                line += "; 0 keeps only A, as no step lowered the loss held out"
-            if kind != "gradient_svd" and max(steps) >= 16:
-                line += "; 16 and more is the end of the search"
-            print(line)
+                print("0 keeps only A, as no step lowered the loss held out")
 
 
 def report(runs: list[Run], args: argparse.Namespace) -> None:
@@ -679,7 +693,9 @@ def against_rate(runs: list[Run], freeze_A: bool, args: argparse.Namespace) -> L
     lines = {}
     for method, row in rows_of(runs, freeze_A, args.updates).items():
         label = "plain LoRA" if method == "lora" else method
-        lines[label] = {lr: [run.loss_test for run in row[lr].values()] for lr in row}
+        lines[label] = {}
+        for lr, cell in row.items():
+            lines[label][lr] = [run.loss_test for run in cell.values()]
     return lines
 
 
@@ -734,7 +750,8 @@ def plot(runs: list[Run], by_tokens: bool, args: argparse.Namespace) -> None:
         panel.set_title(f"A {'frozen' if freeze_A else 'trained'}", fontsize="medium")
     panels[0].set_ylim(top=1.01 * no_adapter)  # runs that diverge end above
     panels[0].set_ylabel("test loss, nats (bands: all seeds of two)")
-    updates = " and ".join(f"{n:,}" for n in sorted({run.job.updates for run in runs}))
+    lengths = sorted({run.job.updates for run in runs})
+    updates = " and ".join(f"{length:,}" for length in lengths)
     figure.suptitle(f"{args.name}, rank {args.rank}, {updates} updates, start's cost included")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
