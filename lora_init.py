@@ -9,7 +9,7 @@ LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b +
     B  lora_B        (out, r)    projects up      Z  input_moment   (in, in)   E[x xᵀ]
     s  scaling       alpha / r                    Y  output_fisher  (out,)     E[g²]
     ΔW delta_weight  (out, in)   s·B A            G  gradient       (out, in)  E[g xᵀ]
-    Δ                (out, in)   the change that is needed;  D  delta, our estimate of it
+    Δ                (out, in)   the change that is needed;  D  our estimate of it
     Ω  omega         (in, in)    LoRA-DA's guidance matrix: variance minus signal
     N, M             n_train, n_fitted: rows that fine-tuning will see, rows behind the means
     R  preheat_rank  HRP's high rank              T  monge_map      (in, in)   CNTLoRA's map
@@ -33,16 +33,40 @@ the statistics that they need, whole models.
 [5] K-FAC, arXiv 1503.05671.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
+import logging
 import math
+import operator
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+__all__ = [
+    "LoRALinear",
+    "Statistics",
+    "add_lora",
+    "allocate_ranks",
+    "cntlora",
+    "collect_statistics",
+    "hrp",
+    "init_cntlora",
+    "init_hrp",
+    "init_lora_da",
+    "lora_da",
+    "lora_layers",
+    "merge_lora",
+    "monge_map",
+    "white_basis",
+]
+LOGGER = logging.getLogger("lora_init")  # at level INFO a start tells how far it is
 
 # ---------------------------------------------------------------------------- 1. the layer
 
@@ -51,12 +75,15 @@ class LoRALinear(nn.Module):
     """y = base_layer(x) + s·B A x: a linear layer, frozen and called as it is, plus a thin term.
 
     x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
-    that the function is unchanged. A and B are made in float32 at least. `alpha=None` means s = 1,
-    and `scaling = 0` switches the adapter off; s is not in the state_dict, so save it, too. Further
-    arguments go on to the base layer, which has to return one tensor. TorchScript is not supported.
-    Raises ValueError for a rank or an alpha out of range and for a lazy layer that has seen no
-    batch, TypeError for complex weights.
+    that the function is unchanged. A and B are made in float32 at least; the sum is rounded to y's
+    dtype once. `alpha=None` means s = 1. `scaling` is s, a plain number: 0 switches the adapter
+    off, and as it is not in the state_dict, save it, too. Further arguments go on to the base
+    layer, which has to return one tensor. TorchScript and an adapter on an adapter are not
+    supported. Raises ValueError for a rank or an alpha out of range, TypeError for complex weights
+    and for a layer that has no weight yet, as it is packed or lazy.
     """
+
+    lent: tuple[Tensor, Tensor] | None = None  # B and A that a start tries in place of its own
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float | None = None):
         super().__init__()
@@ -70,7 +97,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=dtype))
         self.reset_parameters()
-        self.scaling = 1.0 if alpha is None else alpha / rank
+        self.scaling = 1.0 if alpha is None else float(alpha) / rank
         self.base_layer = base_layer.requires_grad_(False)
         self.train(base_layer.training)
 
@@ -91,9 +118,12 @@ class LoRALinear(nn.Module):
         y = self.base_layer(input, *args, **kwargs)  # (…, out)
         if self.scaling == 0:
             return y
-        down = input.to(self.lora_A.dtype) @ self.lora_A.mT  # (…, r)
-        up = self.scaling * down @ self.lora_B.mT  # (…, out)
-        return y + up.to(y.dtype)
+        B, A = self.lent or (self.lora_B, self.lora_A)
+        if A.is_meta and not y.is_meta:
+            raise ValueError(f"this layer's {ON_META}")
+        down = input.to(A) @ A.mT  # (…, r)
+        up = self.scaling * down @ B.mT  # (…, out)
+        return (y + up).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"
@@ -104,16 +134,30 @@ class LoRALinear(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """W, (out, in). Raises TypeError where it is stored quantized and cannot be read."""
+        """W, (out, in): gathered if FSDP has sharded it, dequantized if its class knows how.
+
+        Raises TypeError for another quantized weight and for one that is offloaded.
+        """
         weight = self.base_layer.weight
-        if not weight.is_floating_point() or weight.element_size() == 1:  # integers, or float8
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        if type(weight).dequantize is not Tensor.dequantize:  # torchao, quanto
+            weight = weight.dequantize()
+        coded = not weight.is_floating_point() or weight.element_size() == 1  # integers, or float8
+        if coded or weight.is_meta and not self.lora_A.is_meta:
             kind = type(self.base_layer).__name__
-            raise TypeError(f"{kind} holds a quantized {weight.dtype} weight: dequantize it first")
+            where = f"{weight.dtype} on {weight.device.type}"
+            raise TypeError(
+                f"{kind}'s weight ({where}) cannot be read: dequantize or load it first"
+            )
         return weight
 
     @property
     def weight(self) -> Tensor:
-        """W + ΔW, for code that reads a layer's weight instead of calling the layer."""
+        """W + ΔW, for code that reads a layer's weight instead of calling the layer.
+
+        It is computed anew each time: to change W, write to `base_layer.weight`.
+        """
         return (self.base_weight + self.delta_weight()).to(self.base_weight.dtype)
 
     @property
@@ -127,7 +171,9 @@ class LoRALinear(nn.Module):
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Copy in B (out, r) and A (r, in), of any rank; s and the Parameter objects stay.
 
-        Raises ValueError for factors that do not fit or that hold NaN or Inf.
+        With the rank that the adapter has, the numbers are written in place: whoever shares the
+        memory sees them. Raises ValueError for factors that do not fit, that hold NaN or Inf, or
+        whose rank is new while FSDP shards the old ones.
         """
         B = B.to(self.lora_B, copy=True).contiguous()  # fused optimizers and files read row by row
         A = A.to(self.lora_A, copy=True).contiguous()
@@ -138,10 +184,20 @@ class LoRALinear(nn.Module):
             )
         _check_finite("B", B)
         _check_finite("A", A)
+        sharded = hasattr(self.lora_A, "full_tensor")
+        if sharded and len(A) != self.rank:
+            raise ValueError("the rank of factors that FSDP has sharded cannot change")
         for factor, value in ((self.lora_B, B), (self.lora_A, A)):
-            factor.grad = None  # it may be of another shape
-            factor.data = value.to(torch.complex64)  # only a change of dtype makes autograd forget
-            factor.data = value  # the old shape, if a loss is still held
+            factor.grad = None  # it belongs to the old factors
+            if sharded:  # each process keeps its part
+                place = (factor.device_mesh, factor.placements)
+                value = distributed.tensor.distribute_tensor(value, *place)
+            if value.shape == factor.shape:
+                with torch.no_grad():
+                    factor.copy_(value)
+            else:
+                factor.data = value.to(torch.complex64)  # only a new dtype makes autograd forget
+                factor.data = value  # the old shape, if a loss is still held
 
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
@@ -156,11 +212,16 @@ class LoRALinear(nn.Module):
         return linear.requires_grad_(False).train(self.training)
 
 
+ON_META = "adapter is on the meta device: call its to_empty(device=…, recurse=False) first"
+
+
 def _check_base(layer: nn.Linear, rank: int) -> None:
     """Refuse a linear layer that cannot take an adapter of this rank."""
-    if nn.parameter.is_lazy(layer.weight):
-        raise ValueError("a lazy layer has no size yet: run one batch through the model first")
-    _at_least_float32(layer.weight.dtype)
+    weight = getattr(layer, "weight", None)
+    if weight is None or nn.parameter.is_lazy(weight):
+        kind = type(layer).__name__
+        raise TypeError(f"this {kind} has no weight yet: unpack it, or run one batch through it")
+    _at_least_float32(weight.dtype)
     _check_rank(rank, layer.out_features, layer.in_features)
 
 
@@ -182,15 +243,14 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 # ---------------------------------------------------------------------------- 2. the algorithms
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable)
 
 
-def _in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def _in_float32(function: Function) -> Function:
     """Compute in float32 at least, without a graph or autocast, and refuse NaN and Inf by name."""
 
     @functools.wraps(function)
-    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         arguments = inspect.signature(function).bind(*args, **kwargs)
         device = "cpu"
         for name, value in arguments.arguments.items():
@@ -229,11 +289,11 @@ def lora_da(
         B = D Aᵀ                                the part of the step within A
 
     and then another basis of the same BA (see 5). N is `n_train`, the number of different rows that
-    fine-tuning will see, and M is `n_fitted`, infinite where the means are exact. A row is one x
+    fine-tuning will see, and M is `n_fitted`, infinite if the means are exact. A row is one x
     with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
     Y + damping·mean(Y) take the places of Z and Y throughout. Without damping Z is singular if
     there are fewer rows than inputs. The default, 1, trained better than 0.1 on a language
-    model. The more damping, the more A leans to directions in which inputs vary much.
+    model. More damping tilts A towards directions in which the inputs vary most.
 
     1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
@@ -283,8 +343,8 @@ def lora_da(
        larger, and then features along small directions of Z stay small. This part is ours.
 
     A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
-    estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no more and its bias no
-    less, so that another A can be better for it. Given the inputs, row i of B̂ has the covariance
+    estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no larger and its bias no
+    smaller, so another A may suit it better. Given the inputs, row i of B̂ has the covariance
     (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ: complete A to an orthogonal matrix, and use that the
     inverse of a block is at most the block of the inverse (P ⪯ Q: Q − P has no negative
     eigenvalue). No B has less bias than ΔAᵀ. Where inputs are random, the part of Δx outside A
@@ -305,7 +365,7 @@ def lora_da(
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
     averaged over each sequence; it damps with 1e-6·I in any units.
 
-    Cost: O(in³ + out·in²), about 2 s at out = in = 2,048 on one thread. Raises ValueError for
+    Cost: O(in³ + out·in²), most of it the eigenvectors. Raises ValueError for
     moments that do not fit, for numbers out of range and for inputs or gradients that are all 0;
     LinAlgError for a singular Z, where rounding does not hide it, and for a Yᵢ of 0 without
     damping: give more rows or more damping.
@@ -323,12 +383,12 @@ def lora_da(
     Z = _damped(input_moment, damping)  # (in, in)
     Y = output_fisher + damping * output_fisher.mean()  # (out,)
     Z_inverse = torch.cholesky_inverse(torch.linalg.cholesky(Z))  # (in, in)
-    delta = -(gradient / Y[:, None]) @ Z_inverse  # (out, in)
+    D = -(gradient / Y[:, None]) @ Z_inverse  # (out, in)
     noise = variance * (1 / n_train + 1 / n_fitted) * (1 / Y).sum()
-    omega = noise * Z_inverse - delta.mT @ delta  # (in, in)
+    omega = noise * Z_inverse - D.mT @ D  # (in, in)
     _, vectors = torch.linalg.eigh(omega)  # columns, by rising eigenvalue
     A = vectors[:, :rank].mT  # (r, in)
-    B = delta @ A.mT  # (out, r)
+    B = D @ A.mT  # (out, r)
     return white_basis(B, A, Z)
 
 
@@ -432,7 +492,7 @@ def cntlora(
 ) -> tuple[Tensor, Tensor]:
     """CNTLoRA, after ConsNoTrainLoRA [4]: the change that restores the inputs' second moments.
 
-    Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, where pre-training data is at hand,
+    Takes W (out, in), Z_f = E[x xᵀ] of fine-tuning inputs and, if pre-training data is at hand,
     its Z_p. Returns B (out, r) and A (r, in) with ΔW ≈ BA: for an adapter with s ≠ 1 divide B by s.
     Both moments are damped as in `lora_da`, and not centred.
 
@@ -462,17 +522,18 @@ def cntlora(
     damping the largest shifts are as a rule undone only in part. Where S changes the mean of diag
     Z, T rescales all other directions, too, shifted or not, and small shifts can be overdone. A
     rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
-    about 8 s at in = 2,048 on one thread, most of it in float64. Raises as `lora_da` does, and what
-    torch raises for matrices that do not fit.
+    two to three times that of `lora_da`. Raises as `lora_da` does, and what torch raises for
+    matrices that do not fit.
     """
     _check_rank(rank, *weight.shape)
     Z_f = _damped(input_moment, damping)
-    if pretrain_moment is None:
-        Z_p = Z_f.diagonal().mean() * torch.eye(len(Z_f)).to(Z_f)
-    else:
-        Z_p = _damped(pretrain_moment, damping)
     L = torch.linalg.cholesky(Z_f)  # (in, in)
-    delta = weight @ monge_map(Z_f, Z_p) - weight  # (out, in)
+    if pretrain_moment is None:
+        values, V = torch.linalg.eigh(Z_f.double())
+        T = (V * (Z_f.diagonal().mean() / values).sqrt() @ V.mT).to(Z_f)  # Z_p^½ Z_f^−½
+    else:
+        T = monge_map(Z_f, _damped(pretrain_moment, damping))
+    delta = weight @ T - weight  # (out, in)
     weighted = delta @ L  # (out, in)
     _, vectors = torch.linalg.eigh(weighted.mT @ weighted)  # columns, by rising eigenvalue
     V_r = vectors[:, -rank:].flip(1)  # (in, r), the largest first
@@ -482,7 +543,7 @@ def cntlora(
 
 
 def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
-    """Ranks {name: r ≥ 1} of sum `budget`: the squares of the values left out have the least sum.
+    """Ranks {name: r ≥ 1} that sum to `budget` and minimise the squared singular values left out.
 
     `spectra` holds the singular values of each layer, largest first. Each layer gets one rank, and
     the rest go to the largest values left over. As each spectrum falls, these are always the next
@@ -506,13 +567,45 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------- 3. statistics
+#
+# What a loss has to be. `loss_fn(model, batch)` returns the MEAN of −log p over the rows of a
+# batch. A row's g is the gradient at the layer's output times the number of rows that the layer
+# sees in the batch, over all its calls and as far as the mask keeps them; so for one batch G is
+# ∂loss/∂W, as autograd would compute it. It follows that
+#
+# - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
+#   divided by v, and the residuals should have this v;
+# - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
+#   makes up for it only roughly. The same holds if the loss is a mean over sequences of n tokens:
+#   the step is n times too short if each token has a label, about n times if a sequence has one
+#   and its tokens are independent with mean 0;
+# - Hugging Face divides by the number of labels other than −100 in each batch, while rows are all
+#   tokens that the mask keeps. If prompts have the label −100, G is exact with the attention mask
+#   as `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
+#   provided that the model heeds that number, as Llama, GPT-2 and ModernBERT do; T5, BART, BERT
+#   and Whisper do not (transformers 5.24);
+# - a layer that is called k times on the same rows, as if shared across depth, counts them k times:
+#   its step is then up to k times too short.
+#
+# Wrong, and not noticed:
+#
+# - layers that see a part of the rows (experts): their step comes out too long;
+# - a layer that is called and whose weight is also read: G is that of the calls only;
+# - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
+#   the search notices it only if loss_fn does not enable gradients itself;
+# - a loss_fn that calls backward: it leaves gradients in the parameters that you train;
+# - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy;
+# - a mask of (sequences, tokens) while layers see (tokens, sequences), and there are as many;
+# - rows of another kind than the rest: mask attention sinks (in many language models the first
+#   token), whose huge inputs otherwise fill Z.
 
 LossFunction = Callable[[nn.Module, Any], Any]  # of the model and a batch; a scalar tensor
 MaskFunction = Callable[[Any], Tensor]  # of a batch
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # B and A of each adapter by its name
 NOT_REACHED = (
     "no row reached it, or no gradient. Are there batches and labels that count, does loss_fn call "
-    "the model, does that call this layer as a module, does mask_fn leave the rows that count, and "
-    "are checkpoints not reentrant?"
+    "the model, does that call this layer as a module, in eval mode, too, does mask_fn keep rows "
+    "that count, are checkpoints not reentrant, and are gradients not too small to square?"
 )
 
 
@@ -520,13 +613,15 @@ class Statistics:
     """Means over `count` rows x of one layer's input and the gradients g at its output.
 
     `input_moment` is Z = E[x xᵀ]; `gradient` G = E[g xᵀ] and `output_fisher` Y = E[g²] are empty
-    after forward passes alone. While batches come in they are sums, not yet means.
+    after forward passes only. While batches come in they are sums, not yet means. They are where
+    the adapter's A is.
     """
 
     def __init__(self, layer: nn.Module, backward: bool):
         linear: Any = getattr(layer, "base_layer", layer)
-        device = linear.weight.device
-        dtype = _at_least_float32(linear.weight.dtype)
+        nearby = layer.lora_A if isinstance(layer, LoRALinear) else linear.weight
+        device = nearby.device  # the weight itself may be offloaded
+        dtype = _at_least_float32(nearby.dtype)
         n_in = linear.in_features
         n_out = linear.out_features if backward else 0
         self.count = 0
@@ -534,17 +629,18 @@ class Statistics:
         self.gradient = torch.zeros(n_out, n_in, device=device, dtype=dtype)
         self.output_fisher = torch.zeros(n_out, device=device, dtype=dtype)
 
-    def add(self, x: Tensor, g: Tensor | None) -> None:
-        """Add rows x (rows, in) and g (rows, out), the gradients of a loss that averages rows.
+    def add(self, x: Tensor, moment: Tensor, loss_gradient: Tensor | None, rows: int) -> None:
+        """Add a call: x (…, in), its sum of x xᵀ, and ∂loss/∂y (…, out) of a loss over `rows` rows.
 
-        By the chain rule ∂loss/∂W is the sum of g xᵀ over rows: autograd need not compute it.
+        As the loss is a mean, g is `rows` times ∂loss/∂y. By the chain rule ∂loss/∂W is the sum of
+        ∂loss/∂y xᵀ: autograd need not compute it.
         """
         self.count += len(x)
-        self.input_moment.addmm_(x.mT, x)  # += xᵀx; autocast leaves in-place products alone
-        if g is not None:
-            g = g * len(x)
-            self.gradient.addmm_(g.mT, x)  # += gᵀx
-            self.output_fisher += g.square().sum(dim=0)
+        self.input_moment += moment.to(self.input_moment)
+        if loss_gradient is not None:
+            h = loss_gradient.to(self.gradient)  # (…, out)
+            self.gradient.addmm_(h.mT, x.to(h), alpha=rows)  # += gᵀx; autocast leaves it alone
+            self.output_fisher += rows**2 * h.square().sum(dim=0)  # += g²
 
     def average(self) -> None:
         """Turn the sums, over all processes, into means."""
@@ -571,49 +667,64 @@ def collect_statistics(
 
     `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`;
     PEFT's stay on. A batch takes one forward and one backward pass, in which no weight needs a
-    gradient; with `backward=False` it takes a forward pass alone, and `loss_fn` may return
-    anything. Memory: in² + out·in + out numbers a layer (in² without backward) and, during a batch,
-    the inputs and output gradients of all these layers. With torch.distributed every process passes
-    batches of its own and gets the means over all; an error in one leaves the others waiting.
-
-    `loss_fn(model, batch)` gets your model itself, in eval mode. What a call changes in the model
-    beyond that, such as a memory that it updates, is not undone. `loss_fn` must leave the batch as
-    it was. Afterwards modes, adapters and every `.grad` are as before. Eval mode turns
-    Hugging Face's checkpointing off: to keep it, let `loss_fn` call `model.train()` first. The loss
-    is the MEAN of −log p over the rows: a row's g is then the gradient at the layer's output times
-    the number of rows in that call that the mask leaves. It follows that
-
-    - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
-      divided by v, and the residuals should have this v;
-    - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
-      makes up for it only roughly. The same holds where the loss is a mean over sequences of n
-      tokens: the step is n times too short if each token has a label, about n times if a sequence
-      has one and its tokens are independent with mean 0;
-    - Hugging Face divides by the labels that count (not −100) in each batch, while rows are all
-      tokens that the mask leaves. Where prompts are −100, G is exact with the attention mask as
-      `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
-      if the model heeds that number, as Llama and GPT-2 do; T5, BART and masked BERT do not;
-    - a layer that is called twice on equally many rows has half of ∂loss/∂W as its G.
-
-    Wrong, and not noticed:
-
-    - layers that see a part of the rows (experts, chunks): their step comes out too long;
-    - a layer that is called and whose weight is also read: G is that of the calls alone;
-    - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
-      the search notices it only if loss_fn does not enable gradients itself;
-    - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy;
-    - a mask of (sequences, tokens) where layers see (tokens, sequences), and there are as many.
+    gradient; with `backward=False` it takes a forward pass only, and `loss_fn` may return anything.
+    What `loss_fn` has to return stands at the head of this part of the file. It gets your model
+    itself, must leave the batch as it was, and may not change an adapter's `scaling` for good. What
+    a call changes in the model beyond that, such as a memory that it updates, is not undone.
+    Afterwards modes, adapters and every `.grad` are as before. Eval mode turns Hugging Face's
+    checkpointing off: to keep it, let `loss_fn` call `model.train()` first.
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
-    inputs, (sequences, tokens), also where a model flattens these two. There is one mask for all
-    layers: where an encoder and a decoder pad differently, adapt one of them, or go without a mask.
-    Nested tensors and `vmap` around the model are not supported. In float16, gradients at y below
-    3e-8 become 0; with many rows in a batch that can be most of them, and bfloat16 keeps them.
-    Raises ValueError for a loss that is no finite scalar with a gradient, a mask that does not fit,
-    an input changed in place that autograd lets pass, NaN or Inf, or a layer that no row reached.
+    inputs, (sequences, tokens), also if a model flattens these two. There is one mask for all
+    layers: if an encoder and a decoder pad differently, adapt one of them, or go without a mask.
+
+    Memory: in² + out·in + out numbers per layer (in² without backward) and, during a batch, the
+    inputs and output gradients of all these layers. With torch.distributed every process passes
+    other batches and gets the means over all; an error in one leaves the others waiting. Nested
+    tensors, inputs of a Tensor subclass and `vmap` around the model are not supported. In float16,
+    gradients at y below 3e-8 become 0, which can be most of them if a batch has many rows; bfloat16
+    keeps them. Raises ValueError for a loss that is no finite scalar with a gradient, a mask that
+    does not fit, an input changed in place that autograd lets pass, a linear layer that passes no
+    gradient on, NaN or Inf, or a layer that no row reached.
     """
     statistics = {name: Statistics(layer, backward) for name, layer in layers.items()}
-    calls = []  # of one batch: a layer's name, x, x's version, and where to take the gradient
+    recorded = _recorded(layers, backward)
+    with recorded as calls, _borrowed(model), torch.set_grad_enabled(backward):
+        for batch in _progress("batch", batches):
+            calls.clear()
+            loss = loss_fn(model, batch)
+            seen = list(calls)  # checkpoints call layers again in the backward pass
+            if backward and seen:
+                _check_loss(loss)
+                edges = [call.edge for call in seen]
+                gradients = torch.autograd.grad(loss, edges, allow_unused=True)
+                for call, gradient in zip(seen, gradients, strict=True):
+                    call.gradient = gradient
+                seen = [call for call in seen if call.gradient is not None]
+                del gradients
+            _add_calls(statistics, seen, mask_fn and _checked_mask(mask_fn(batch)))
+            del loss, seen  # before the next forward pass needs the memory
+    for name, sums in statistics.items():
+        with _naming(name):
+            sums.average()
+    return statistics
+
+
+@dataclass
+class _Call:
+    """A call of a layer: its input, and where in autograd's graph y's gradient arrives."""
+
+    name: str
+    x: Tensor
+    version: int  # of x: it counts changes in place
+    edge: Any
+    gradient: Tensor | None = None
+
+
+@contextlib.contextmanager
+def _recorded(layers: Mapping[str, nn.Module], backward: bool) -> Iterator[list[_Call]]:
+    """A list to which every call of these layers is added, before hooks of others change y."""
+    calls = []
 
     def remember(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
         x = [*args, *kwargs.values()][0]
@@ -621,39 +732,40 @@ def collect_statistics(
         if backward:
             y.requires_grad_()  # if all before it is frozen, the graph starts here
             edge = torch.autograd.graph.get_gradient_edge(y)
-            y = y.clone()  # the model may change the clone in place
-        calls.append((name, x, x._version, edge))
+            if y.is_leaf or y._is_view():
+                y = y.clone()  # which the model may change in place
+        calls.append(_Call(name, x, x._version, edge))
         return y
 
-    with _as_found(model), contextlib.ExitStack() as hooks, torch.set_grad_enabled(backward):
-        for adapter in lora_layers(model).values():
-            adapter.scaling = 0.0
+    with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hook = functools.partial(remember, name)
-            hooks.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        for batch in batches:
-            calls.clear()
-            loss = loss_fn(model, batch)
-            seen = list(calls)  # checkpoints call layers again in the backward pass
-            gradients = [None] * len(seen)
-            if backward and seen:
-                _check_loss(loss)
-                edges = [edge for _, _, _, edge in seen]
-                gradients = torch.autograd.grad(loss, edges, allow_unused=True)
-            mask = None if mask_fn is None else _checked_mask(mask_fn(batch))
-            for (name, x, version, _), g in zip(seen, gradients, strict=True):
-                with _naming(name):
-                    if x._version != version:
-                        raise ValueError(f"its input {tuple(x.shape)} was changed in place")
-                    if not backward:
-                        statistics[name].add(_rows(x, mask), None)
-                    elif g is not None:
-                        statistics[name].add(_rows(x, mask), _rows(g, mask))
-            del loss, seen, gradients  # before the next forward pass needs the memory
-    for name, sums in statistics.items():
-        with _naming(name):
-            sums.average()
-    return statistics
+            handle = layer.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            hooks.enter_context(handle)
+        yield calls
+
+
+def _add_calls(
+    statistics: Mapping[str, Statistics], calls: list[_Call], mask: Tensor | None
+) -> None:
+    """Add the calls of one batch: of each layer, the rows of all its calls count together."""
+    rows = collections.Counter()
+    for call in calls:
+        rows[call.name] += call.x[..., 0].numel() if mask is None else int(mask.sum())
+    last = None
+    for call in calls:
+        with _naming(call.name):
+            if call.x._version != call.version:
+                raise ValueError(f"its input {tuple(call.x.shape)} was changed in place")
+            if call.x is not last:  # else one product serves all: q, k and v have the same input
+                last = call.x
+                x = _rows(last, mask)
+                x = x.to(_at_least_float32(x.dtype))
+                moment = x.new_zeros(x.shape[1], x.shape[1]).addmm_(x.mT, x)
+            gradient = call.gradient
+            if gradient is not None:
+                gradient = _rows(gradient, mask)
+            statistics[call.name].add(x, moment, gradient, rows[call.name])
 
 
 def _checked_mask(mask: Tensor) -> Tensor:
@@ -664,38 +776,64 @@ def _checked_mask(mask: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows (rows, n) of x (…, n) where the mask is true, in float32 at least."""
+    """The rows (rows, n) of x (…, n) where the mask is true."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is not None:
         if x.shape[:-1] not in (mask.shape, (mask.numel(),)):
             raise ValueError(f"a mask {tuple(mask.shape)} for {tuple(x.shape)}")
-        rows = rows[mask.flatten()]
-    return rows.to(_at_least_float32(x.dtype))
+        rows = rows[mask.flatten().to(x.device)]
+    return rows
 
 
 @contextlib.contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards, whatever happens, all modes and adapters are as they were."""
+def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) -> Iterator[None]:
+    """The model in eval mode, its adapters on loan: y = base_layer(x) + s·BA x with lent factors.
+
+    Afterwards, whatever happens, modes and adapters are as they were; no Parameter was exchanged or
+    written to. Inside, a linear layer that passes no gradient on is refused: what comes before it
+    would get a wrong gradient. So is another s, if the caller leaves it behind.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    adapters = [(a, a.scaling, a.lora_A, a.lora_B) for a in lora_layers(model).values()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for adapter, scaling, A, B in adapters:
-            adapter.scaling = scaling
-            adapter.lora_A = A
-            adapter.lora_B = B
-        for module, training in modes:  # from the outside inwards: a train() of its own may do more
-            module.train(training)
-        for module, training in modes:  # again, as a module with two parents has met both
-            module.training = training
+    adapters = lora_layers(model)
+    scalings = {name: adapter.scaling for name, adapter in adapters.items()}
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                hook = functools.partial(_refuse_a_cut, name)
+                handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+                hooks.enter_context(handle)
+        try:
+            model.eval()
+            for name, adapter in adapters.items():
+                adapter.scaling = s
+                adapter.lent = factors and factors[name]
+            yield
+            for name, adapter in adapters.items():
+                if adapter.scaling != s:
+                    raise ValueError(
+                        f"layer '{name}': loss_fn left its scaling at {adapter.scaling}, not as it "
+                        f"found it ({s}); put it back, or compute a reference's loss beforehand"
+                    )
+        finally:
+            for name, adapter in adapters.items():
+                adapter.scaling = scalings[name]
+                adapter.lent = None
+            for module, training in modes:  # outside first: a train() of its own may do more
+                module.train(training)
+                if hasattr(module, "reshard"):  # FSDP's outermost module stays whole after a pass
+                    module.reshard()
+            for module, training in modes:  # again, as a module with two parents has met both
+                module.training = training
 
 
-def _lend_factors(adapter: LoRALinear, B: Tensor, A: Tensor) -> None:
-    """Give the adapter other Parameters, until `_as_found` puts its own ones back."""
-    adapter.lora_A = nn.Parameter(A.to(adapter.lora_A))
-    adapter.lora_B = nn.Parameter(B.to(adapter.lora_B))
+def _refuse_a_cut(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
+    x = [*args, *kwargs.values()][0]
+    cut = x.requires_grad and not getattr(y, "requires_grad", True)
+    if torch.is_grad_enabled() and cut:
+        raise ValueError(
+            f"layer '{name}': this {type(layer).__name__} passes no gradient on to the layers "
+            "before it, as kernels for inference do: dequantize it, or load it in another format"
+        )
 
 
 def _check_loss(loss: Any) -> None:
@@ -723,6 +861,16 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _progress(what: str, items: Iterable) -> Iterator:
+    """The items; when one is done, a line of the logger tells how long the others will take."""
+    total = operator.length_hint(items)
+    began = time.perf_counter()
+    for i, item in enumerate(items, start=1):
+        yield item
+        left = (time.perf_counter() - began) / i * max(total - i, 0)
+        LOGGER.info("%s %d of %s done, %.0f s left", what, i, total or "?", left)
+
+
 # ---------------------------------------------------------------------------- 4. whole models
 
 
@@ -741,13 +889,18 @@ def add_lora(
     """Wrap linear layers in `LoRALinear`, in place, and freeze everything but our adapters.
 
     `targets` are names or dotted suffixes of names ("q_proj"), or None for every linear layer that
-    is not yet adapted, by us or by PEFT. A layer that appears under two names is wrapped once and
-    known by the first. Returns the new adapters by name. First tie weights, and put the model
-    where it will run. Raises ValueError for a target that matches no linear layer, and what
-    `LoRALinear` raises; then nothing changes.
+    is not yet adapted, by us or by PEFT; that includes a language model's head, which may be tied
+    to its embedding. A layer that appears under two names is wrapped once and listed under the
+    first. Returns the new adapters by name. Before this call load the pre-trained weights, tie what
+    is to be tied, and put the model where it will run; after it come `fully_shard` of FSDP2, then a
+    start, then the optimizer. If accelerate has offloaded layers, their adapters are on the meta
+    device: call `to_empty(device=…, recurse=False)` on each of them. Raises ValueError for a target
+    that matches no linear layer, and what `LoRALinear` raises; then nothing changes.
     """
-    adapted = [module for module in model.modules() if hasattr(module, "base_layer")]
-    inside = {part for module in adapted for part in module.modules()}
+    inside = set()  # of adapters: ours, and PEFT's, which have this method
+    for module in model.modules():
+        if isinstance(module, LoRALinear) or hasattr(module, "get_base_layer"):
+            inside.update(module.modules())
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -767,7 +920,10 @@ def add_lora(
         for name in matches:
             found[name] = linears[name]
     if not found:
-        raise ValueError(f"no linear layer is left to adapt in {type(model).__name__}")
+        raise ValueError(
+            f"no linear layer is left to adapt inside {type(model).__name__}; if it is one itself, "
+            "wrap it in LoRALinear"
+        )
     for name, linear in found.items():  # all of them, before anything changes
         with _naming(name):
             _check_base(linear, rank)
@@ -783,10 +939,11 @@ def add_lora(
 def merge_lora(model: nn.Module) -> nn.Module:
     """Replace every adapter inside the model by its merged linear layer, in place; returns it.
 
-    Raises TypeError, and changes nothing, where a base weight is stored quantized.
+    Raises ValueError if there is none, and TypeError for a base weight that cannot be read; then
+    nothing changes.
     """
     merged = {}
-    for name, layer in lora_layers(model).items():
+    for name, layer in _adapters(model).items():
         with _naming(name):
             merged[layer] = layer.merged()
     _replace(model, merged)
@@ -799,7 +956,7 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
             model.set_submodule(name, replacements[module])
 
 
-@torch.inference_mode(False)  # with gradients, also where the caller has switched them off
+@torch.inference_mode(False)  # with gradients, even if the caller has switched them off
 def init_lora_da(
     model: nn.Module,
     batches: Iterable,
@@ -817,44 +974,44 @@ def init_lora_da(
     `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of different
     rows that fine-tuning will see, which are tokens in a language model; left out, it is the number
     of rows fitted here. From a long DataLoader, take the first few batches (`itertools.islice`):
-    about 20 times as many rows as a layer has inputs are enough.
+    about 20 rows per input of a layer are enough. `logging.getLogger("lora_init")` reports each
+    batch and the time left at level INFO.
 
     Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
     theory's step is 1, for a single layer without damping. With several layers that is too long,
-    because each alone would remove the whole error. With damping it is too short: fourfold where
+    because each alone would remove the whole error. With damping it is too short: fourfold if
     inputs are white, Y is even and damping is 1. A step of 0 keeps only A's directions. With
-    `step=None` the LAST batch is held out from the fit, since on the batches fitted, whose noise is
-    in D, too long a step looks good. Of 0, 4⁻⁸ … 4², and then half and twice the best of these, it
-    takes the step with the least loss, in eval mode and with the same random numbers of torch for
-    each step; a loss that draws others (NumPy's, a generator of its own) or that depends on earlier
-    calls is compared unfairly. A small last batch chooses badly. If the search returns 16 or more,
-    there is a warning: the loss may be no mean of −log p over rows, or damping has made D short.
+    `step=None` the LAST batch is held out: D contains the fitted batches' noise, so on those
+    batches too long a step looks good. The search walks downhill from 1/16 along 0, 4⁻⁸ … 4², tries
+    half and twice the step at which it ends, and keeps the one with the least loss. On a loss that
+    falls and then rises this is the best of all these steps; it takes five to nine forward passes
+    as a rule, in eval mode and with the same random numbers of torch for each step. A loss that
+    draws others (NumPy's, a generator of its own) or that depends on earlier calls is compared
+    unfairly, and a small last batch chooses badly. If the search returns 16 or more, there is a
+    warning: the loss may be no mean of −log p over rows, or damping has made D short.
 
     `layers_per_pass` bounds the memory for statistics: that many layers at a time, with a pass over
-    the batches for each group. With torch.distributed every process makes this call on the same,
-    unwrapped model with batches of its own, and all end with the same factors. Raises ValueError as
-    `collect_statistics` and `lora_da` do, for a step below 0, and for a single batch without a
-    step; then no layer has changed.
+    the batches for each group. With torch.distributed every process makes this call, before DDP and
+    after FSDP2 wraps the model, on equally many batches that differ between processes (else N and M
+    are too large), and all end with the same factors. Factors that FSDP2 shards are saved as
+    `factor.full_tensor()`. Tensor parallelism is not supported: each row would count once per
+    process. Adapters may not share factors. Raises ValueError as `collect_statistics` and `lora_da`
+    do, for a step below 0, for a single batch without a step, and for a held-out loss of fewer than
+    32 bits; then no layer has changed.
     """
     adapters = _adapters(model)
     batches, held_out = _hold_out(batches, step)
     factors = {}
-    for group in _groups(adapters, layers_per_pass):
+    for group in _progress("group", _groups(adapters, layers_per_pass)):
         statistics = collect_statistics(model, group, batches, loss_fn, mask_fn=mask_fn)
-        for name in group:
+        for name, layer in group.items():
             means = statistics.pop(name)  # one at a time, so that the next group finds room
+            N = means.count if n_train is None else n_train
+            moments = (means.gradient, means.input_moment, means.output_fisher)
+            options = {"variance": variance, "damping": damping}
             with _naming(name):
-                factors[name] = lora_da(
-                    means.gradient,
-                    means.input_moment,
-                    means.output_fisher,
-                    adapters[name].rank,
-                    means.count if n_train is None else n_train,
-                    means.count,
-                    variance=variance,
-                    damping=damping,
-                )
-            del means
+                factors[name] = lora_da(*moments, layer.rank, N, means.count, **options)
+            del means, moments
     return _start(model, factors, step, held_out, loss_fn)
 
 
@@ -873,20 +1030,23 @@ def init_cntlora(
 ) -> float:
     """Start every adapter of the model at CNTLoRA's A and B, and return the step.
 
-    Labels choose the step and are not used by the fit, which takes forward passes alone. Without
-    labels pass `step=1`, and let `loss_fn` call the model. `pretrain_batches` give Z_p. With a
-    `rank_budget`, `allocate_ranks` spends that many ranks in all, and s stays as it is. The factors
-    then change their shapes, so make the optimizer afterwards; all full-rank factors are held at
-    once, whatever `layers_per_pass`. The rest is as in `init_lora_da`; a base weight that is stored
-    quantized is a TypeError. A layer that multiplies its stored weight by a number of its own, in
-    a forward of its own, gets a ΔW in the stored weight's units.
+    Labels choose the step and are not used by the fit, which takes forward passes only; a pass
+    under no_grad counts, too. Without labels pass `step=1`, and let `loss_fn` call the model.
+    `pretrain_batches` give Z_p. With a `rank_budget`, `allocate_ranks` spends that many ranks in
+    all, and s stays as it is. The factors then change their shapes, so make the optimizer
+    afterwards; FSDP2 must not have sharded them yet, and all full-rank factors are held at once,
+    whatever `layers_per_pass`. The rest is as in `init_lora_da`; a base weight that cannot be read
+    is a TypeError. If a layer's own forward scales its stored weight, ΔW is in the stored weight's
+    units.
     """
     adapters = _adapters(model)
+    if rank_budget is not None and any(hasattr(a.lora_A, "full_tensor") for a in adapters.values()):
+        raise ValueError("rank_budget changes ranks, but FSDP has sharded the factors: start first")
     batches, held_out = _hold_out(batches, step)
     sources = [batches] if pretrain_batches is None else [batches, _listed(pretrain_batches)]
     factors = {}
     spectra = {}
-    for group in _groups(adapters, layers_per_pass):
+    for group in _progress("group", _groups(adapters, layers_per_pass)):
         passes = [
             collect_statistics(model, group, source, loss_fn, backward=False, mask_fn=mask_fn)
             for source in sources
@@ -899,8 +1059,8 @@ def init_cntlora(
             with _naming(name):
                 B, A = cntlora(layer.base_weight, *moments, rank=rank, damping=damping)
             factors[name] = (B, A)
-            c = _damped(moments[0], damping).diagonal().mean() / 3  # A Z_f Aᵀ = c·I
-            spectra[name] = B.norm(dim=0) * c.sqrt()  # the singular values of ΔW L
+            size = moments[0].diagonal().mean().sqrt()
+            spectra[name] = size * B.norm(dim=0)  # ∝ the singular values of ΔW L, as A is white
     if rank_budget is not None:
         for name, rank in allocate_ranks(spectra, rank_budget).items():
             B, A = factors[name]
@@ -918,7 +1078,7 @@ def init_hrp(
     lr: float = 0.01,
     seed: int = 0,
 ) -> None:
-    """Preheat at a high rank, one Adam update a batch, and start each adapter at HRP's A and B = 0.
+    """Preheat at a high rank, one Adam update per batch, and start each adapter at HRP's A, B = 0.
 
     Only B_high is trained, in eval mode: it starts at 0, and A_high is drawn by `seed` and stays
     frozen. `preheat_rank` is capped at min(in, out) of each layer. Rank, number of updates and rate
@@ -929,31 +1089,30 @@ def init_hrp(
     """
     adapters = _adapters(model)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    ranks = {name: layer.rank for name, layer in adapters.items()}
-    factors = {}
-    with _as_found(model):
-        trained = []
-        for name, layer in adapters.items():
-            if preheat_rank < layer.rank:
-                raise ValueError(f"layer '{name}': {preheat_rank=} is below rank {layer.rank}")
-            high = min(preheat_rank, layer.in_features, layer.out_features)
-            A_high = torch.empty(high, layer.in_features, device="cpu")
-            nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
-            _lend_factors(layer, torch.zeros(layer.out_features, high), A_high)
-            layer.scaling = 1.0
-            trained.append(layer.lora_B)
-        optimizer = torch.optim.Adam(trained, lr)
-        for batch in _listed(batches):
+    high = {}
+    for name, layer in adapters.items():
+        if preheat_rank < layer.rank:
+            raise ValueError(f"layer '{name}': {preheat_rank=} is below rank {layer.rank}")
+        R = min(preheat_rank, layer.in_features, layer.out_features)
+        A_high = torch.empty(R, layer.in_features, device="cpu")
+        nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
+        B_high = torch.zeros(layer.out_features, R).to(layer.lora_B).requires_grad_()
+        high[name] = (B_high, A_high.to(layer.lora_A))
+    trained = [B_high for B_high, _ in high.values()]
+    optimizer = torch.optim.Adam(trained, lr)
+    with _borrowed(model, high, s=1.0):
+        for batch in _progress("batch", _listed(batches)):
             loss = loss_fn(model, batch)
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
-            processes = _sum_over_processes(torch.ones((), device=loss.device))
+            processes = _sum_over_processes(torch.ones((), device=loss.device)).item()
             for B_high, gradient in zip(trained, gradients, strict=True):
                 B_high.grad = _sum_over_processes(gradient) / processes
             optimizer.step()
-        for name, layer in adapters.items():
-            with _naming(name):
-                factors[name] = hrp(layer.lora_B, layer.lora_A, ranks[name])
+    factors = {}
+    for name, layer in adapters.items():
+        with _naming(name):
+            factors[name] = hrp(*high[name], layer.rank)
     for name, layer in adapters.items():
         layer.set_factors(*factors[name])
 
@@ -975,11 +1134,13 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
     for name, layer in adapters.items():
         if layer.scaling == 0:
             raise ValueError(f"layer '{name}': its adapter is off, as its scaling is 0")
+        if layer.lora_A.is_meta:
+            raise ValueError(f"layer '{name}': its {ON_META}")
     return adapters
 
 
 def _hold_out(batches: Iterable, step: float | None) -> tuple[list, Any]:
-    """The batches to fit and, where the step is not given, the one that chooses it."""
+    """The batches to fit and, if the step is not given, the one that chooses it."""
     batches = _listed(batches)
     if step is not None:
         if not 0 <= step < math.inf:
@@ -999,23 +1160,18 @@ def _listed(batches: Iterable) -> list:
     return list(batches)
 
 
-def _groups(adapters: dict[str, LoRALinear], size: int | None) -> Iterator[dict[str, LoRALinear]]:
-    """The adapters, `size` of them a group."""
+def _groups(adapters: dict[str, LoRALinear], size: int | None) -> list[dict[str, LoRALinear]]:
+    """The adapters, `size` of them in each group."""
     items = list(adapters.items())
     if size is None:
         size = len(items)
     if size < 1:
         raise ValueError(f"layers_per_pass {size} is below 1")
-    for i in range(0, len(items), size):
-        yield dict(items[i : i + size])
+    return [dict(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 def _start(
-    model: nn.Module,
-    factors: dict[str, tuple[Tensor, Tensor]],
-    step: float | None,
-    held_out: Any,
-    loss_fn: LossFunction,
+    model: nn.Module, factors: Factors, step: float | None, held_out: Any, loss_fn: LossFunction
 ) -> float:
     """Set every adapter's factors so that ΔW = step·BA, and return the step."""
     if step is None:
@@ -1027,31 +1183,37 @@ def _start(
 
 
 @torch.no_grad()
-def _best_step(
-    model: nn.Module,
-    factors: dict[str, tuple[Tensor, Tensor]],
-    batch: Any,
-    loss_fn: LossFunction,
-) -> float:
+def _best_step(model: nn.Module, factors: Factors, batch: Any, loss_fn: LossFunction) -> float:
     """The t with the least loss on the batch, where ΔW = t·BA."""
-    adapters = lora_layers(model)
+    losses = {}
 
     def loss_at(t: float) -> float:
-        for layer in adapters.values():
-            layer.scaling = t
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            loss = loss_fn(model, batch)  # each step meets the same random numbers
-        if t == 0:
-            _check_loss(loss)
-        return _sum_over_processes(loss.clone()).item()  # NaN is never the least
+        if t not in losses:
+            devices = range(torch.cuda.device_count())
+            with _borrowed(model, factors, t), torch.random.fork_rng(devices=devices):
+                loss = loss_fn(model, batch)  # each step meets the same random numbers
+            if t == 0:
+                _check_loss(loss)
+                if loss.element_size() < 4:
+                    raise ValueError(
+                        f"losses in {loss.dtype} are too coarse to compare: make "
+                        "loss_fn return float32 (logits.float()), or give a step"
+                    )
+            loss = _sum_over_processes(loss.clone()).item()
+            losses[t] = loss if math.isfinite(loss) else math.inf
+            LOGGER.info("step %g: loss %g on the batch held out", t, losses[t])
+        return losses[t]
 
-    with _as_found(model):
-        for name, layer in adapters.items():
-            _lend_factors(layer, *factors[name])
-        losses = {t: loss_at(t) for t in [0.0] + [4.0**k for k in range(-8, 3)]}
-        best = min(losses, key=losses.__getitem__)
-        for t in (best / 2, best * 2):
-            losses[t] = loss_at(t)
+    steps = [0.0] + [4.0**k for k in range(-8, 3)]
+    i = steps.index(4.0**-2)
+    while loss_at(steps[i]) > loss_at(0.0):
+        i -= 1
+    while i + 1 < len(steps) and loss_at(steps[i + 1]) <= loss_at(steps[i]):
+        i += 1
+    while i > 0 and loss_at(steps[i - 1]) <= loss_at(steps[i]):
+        i -= 1
+    for t in (steps[i] / 2, steps[i] * 2):
+        loss_at(t)
     if len(set(losses.values())) == 1:
         raise ValueError(
             "every step has the same loss on the last batch: does a label count in it?"
