@@ -19,7 +19,7 @@ blocks Pᵢⱼ·Q.
 
 Plain LoRA starts at a random A and B = 0. The three algorithms look at data first:
 
-    lora_da [2]   inputs and gradients          the A of least estimated error, and a step within it
+    lora_da [2]   inputs and gradients          the A of least estimated error, and one step in it
     hrp [3]       a short high-rank training    its main directions as A, and B = 0
     cntlora [4]   inputs, no labels             the change that restores the inputs' moments
 
@@ -66,21 +66,22 @@ __all__ = [
     "monge_map",
     "white_basis",
 ]
-LOGGER = logging.getLogger("lora_init")  # at level INFO a start tells how far it is
+LOGGER = logging.getLogger("lora_init")  # at level INFO a start reports its progress
+ON_META = "adapter is on the meta device: call its to_empty(device=…, recurse=False) first"
 
 # ---------------------------------------------------------------------------- 1. the layer
 
 
 class LoRALinear(nn.Module):
-    """y = base_layer(x) + s·B A x: a linear layer, frozen and called as it is, plus a thin term.
+    """y = base_layer(x) + s·B A x: a frozen linear layer, called unchanged, plus a low-rank term.
 
     x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
     that the function is unchanged. A and B are made in float32 at least; the sum is rounded to y's
     dtype once. `alpha=None` means s = 1. `scaling` is s, a plain number: 0 switches the adapter
-    off, and as it is not in the state_dict, save it, too. Further arguments go on to the base
+    off. The state_dict does not hold it, so save it yourself. Further arguments go on to the base
     layer, which has to return one tensor. TorchScript and an adapter on an adapter are not
     supported. Raises ValueError for a rank or an alpha out of range, TypeError for complex weights
-    and for a layer that has no weight yet, as it is packed or lazy.
+    and for a layer without a weight, because it is packed or lazy.
     """
 
     lent: tuple[Tensor, Tensor] | None = None  # B and A that a start tries in place of its own
@@ -107,7 +108,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LoRALinear":
-        """What `to` and `to_empty` call: factors that leave the meta device get their numbers."""
+        """What `to` and `to_empty` call: factors that leave the meta device are initialized."""
         was_meta = self.lora_A.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.lora_A.is_meta:
@@ -171,9 +172,9 @@ class LoRALinear(nn.Module):
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Copy in B (out, r) and A (r, in), of any rank; s and the Parameter objects stay.
 
-        With the rank that the adapter has, the numbers are written in place: whoever shares the
-        memory sees them. Raises ValueError for factors that do not fit, that hold NaN or Inf, or
-        whose rank is new while FSDP shards the old ones.
+        If the rank stays, the numbers are written in place, and whoever shares the memory sees
+        them. Raises ValueError for factors that do not fit, that hold NaN or Inf, or whose rank is
+        new while FSDP shards the old ones.
         """
         B = B.to(self.lora_B, copy=True).contiguous()  # fused optimizers and files read row by row
         A = A.to(self.lora_A, copy=True).contiguous()
@@ -210,9 +211,6 @@ class LoRALinear(nn.Module):
         if bias is not None:
             linear.bias = nn.Parameter(bias.clone())
         return linear.requires_grad_(False).train(self.training)
-
-
-ON_META = "adapter is on the meta device: call its to_empty(device=…, recurse=False) first"
 
 
 def _check_base(layer: nn.Linear, rank: int) -> None:
@@ -278,7 +276,7 @@ def lora_da(
     variance: float = 1.0,
     damping: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """LoRA-DA [2, Algorithm 1]: the A of least estimated error, bias² plus variance, and B in it.
+    """LoRA-DA [2, Algorithm 1]: the A of least estimated error, bias² plus variance, and its B.
 
     Takes the means G (out, in), Z (in, in) and Y (out,) over M rows. Returns B (out, r) and
     A (r, in) with ΔW = BA: for an adapter with s ≠ 1 divide B by s. In short:
@@ -289,13 +287,13 @@ def lora_da(
         B = D Aᵀ                                the part of the step within A
 
     and then another basis of the same BA (see 5). N is `n_train`, the number of different rows that
-    fine-tuning will see, and M is `n_fitted`, infinite if the means are exact. A row is one x
-    with its label: in a language model, one token. Z + damping·mean(diag Z)·I and
-    Y + damping·mean(Y) take the places of Z and Y throughout. Without damping Z is singular if
-    there are fewer rows than inputs. The default, 1, trained better than 0.1 on a language
-    model. More damping tilts A towards directions in which the inputs vary most.
+    fine-tuning will see, and M is `n_fitted`, infinite if the means are exact. A row is one x with
+    its label: in a language model, one token. Z + damping·mean(diag Z)·I and Y + damping·mean(Y)
+    take the places of Z and Y throughout. Without damping Z is singular if there are fewer rows
+    than inputs. The default, 1, trained better than 0.1 on a language model. More damping tilts A
+    towards directions in which the inputs vary most.
 
-    1. How well can the truth be found at all? Let it be W* = W + Δ, and let Δ̂ be the maximum-
+    1. How well can the truth, W* = W + Δ, be found at all? Let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
        (N, in). In linear regression, y = W*x + ε with Gaussian noise of variance σᵢ² in output i,
        it is least squares: Δ̂ = Δ + εᵀX(XᵀX)⁻¹. So it is unbiased, and its row i has the covariance
@@ -306,13 +304,12 @@ def lora_da(
        J⁻¹, if J is invertible (a softmax head's is not, but its diagonal part, which we use, is).
 
     2. What is J? Write W as one long vector, vec W, row after row. A row's gradient, g xᵀ, becomes
-       g ⊗ x. At the truth its mean over labels is 0, so that J = E[(g ⊗ x)(g ⊗ x)ᵀ] =
-       E[ggᵀ ⊗ xxᵀ]; the sign of g does not matter. K-FAC [5] treats g and x as independent, and of
-       E[ggᵀ] we keep the diagonal: J = diag(Y) ⊗ Z. Its inverse, diag(1/Y) ⊗ Z⁻¹, has the block
-       Z⁻¹/Yᵢ for row i of W. We measure Y at W, since the truth is unknown. In place of 1/Yᵢ the
-       paper has (E[ggᵀ]⁻¹)ᵢᵢ, which is never less where it exists; its authors' default code has
-       1/Yᵢ, as we do. Tokens of one sequence are not independent, and we treat them as if they
-       were.
+       g ⊗ x. At the truth its mean over labels is 0, so that J = E[(g ⊗ x)(g ⊗ x)ᵀ] = E[ggᵀ ⊗ xxᵀ];
+       the sign of g does not matter. K-FAC [5] treats g and x as independent, and of E[ggᵀ] we keep
+       the diagonal: J = diag(Y) ⊗ Z. Its inverse, diag(1/Y) ⊗ Z⁻¹, has the block Z⁻¹/Yᵢ for row i
+       of W. We measure Y at W, since the truth is unknown. In place of 1/Yᵢ the paper has
+       (E[ggᵀ]⁻¹)ᵢᵢ, which is at least as large, if it exists; its authors' default code has 1/Yᵢ,
+       as we do. Tokens of one sequence are not independent, and we treat them as if they were.
 
     3. Which A? Let AAᵀ = I, fixed before the N rows are drawn, and keep the part of Δ̂ in A's row
        space: Ŵ = W + Δ̂AᵀA. Its error is
@@ -322,17 +319,17 @@ def lora_da(
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
        Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
-       if the N rows have this Z, in linear regression; elsewhere we take it for an approximation
-       where N is large. The error is least where A's rows are the eigenvectors of Ω's r lowest
-       eigenvalues (Ky Fan). A direction with an eigenvalue above 0 would better be left out.
-       But Δ is unknown. The Δ̂ of M rows like these, called D, has E[DᵀD] = ΔᵀΔ +
+       if the N rows have this Z, in linear regression; for other models we use it as an
+       approximation for large N. The error is least if A's rows are the eigenvectors of Ω's r
+       lowest eigenvalues (Ky Fan). A direction with an eigenvalue above 0 adds more noise than
+       signal. But Δ is unknown. The Δ̂ of M rows like these, called D, has E[DᵀD] = ΔᵀΔ +
        (1/M)·Σᵢ(1/Yᵢ)·Z⁻¹, so that 1/N + 1/M in place of 1/N keeps Ω unbiased, if Y is known and
        nothing is damped. This holds at a fixed A: the A that looks best does so partly by luck.
        `variance` multiplies the term with Z⁻¹ in Ω.
 
     4. Which estimate, and which B? Let the loss be quadratic with the Hessian J. Then its gradient
-       at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), as row after row
-       (P ⊗ Q) vec Δ = vec(PΔQᵀ). So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. Elsewhere
+       at W is vec G = −J vec Δ = −(diag(Y) ⊗ Z) vec Δ = −vec(diag(Y)ΔZ), as row after row (P ⊗ Q)
+       vec Δ = vec(PΔQᵀ). So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. For other losses
        it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
 
     5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. But gradient
@@ -342,12 +339,12 @@ def lora_da(
        of variance 1/(3·in), so that E[aᵀZa] = tr Z/(3·in) for a row a. Damping makes Z and c
        larger, and then features along small directions of Z stay small. This part is ours.
 
-    A frozen. Parts 1 to 3 project a fit of all W. The paper then fits B alone, which is another
-    estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no larger and its bias no
-    smaller, so another A may suit it better. Given the inputs, row i of B̂ has the covariance
+    A frozen. Parts 1 to 3 project a fit of all W. The paper then fits only B, by another estimate:
+    B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no larger and its bias no smaller,
+    so another A may suit it better. Given the inputs, row i of B̂ has the covariance
     (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ: complete A to an orthogonal matrix, and use that the
     inverse of a block is at most the block of the inverse (P ⪯ Q: Q − P has no negative
-    eigenvalue). No B has less bias than ΔAᵀ. Where inputs are random, the part of Δx outside A
+    eigenvalue). Of all B, ΔAᵀ has the least bias. If inputs are random, the part of Δx outside A
     varies like noise, and can exceed all that Ω counts.
 
     Guarantee: with exact means, `variance=0` and `damping=0`, on a quadratic loss with the Hessian
@@ -355,11 +352,10 @@ def lora_da(
     1e6; singular values of D below a thousandth of the largest drown in DᵀD). In regression with
     noise ε of variance σ² that is independent of x, this needs Yᵢ = 1/σ². A measured Yᵢ = E[gᵢ²],
     with the data's labels and g = −(Δx + ε)/σ², is (σ² + (ΔZΔᵀ)ᵢᵢ)/σ⁴: it contains the signal, too.
-    This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows where rank Δ = r. Several
-    layers that each take the whole step can overshoot: see `init_lora_da`. Where the loss is c
-    times as large, and so Y c² times, A's span is the same and BA is divided by c. A
-    rotation of the inputs, or a new unit for all of them, leaves BAx as it is; a new unit for one
-    of them changes it, if BA ≠ Δ.
+    This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows if rank Δ = r. Several layers
+    that each take the whole step can overshoot: see `init_lora_da`. If the loss is multiplied by c,
+    and so Y by c², A's span is the same and BA is divided by c. A rotation of the inputs, or a new
+    unit for all of them, leaves BAx as it is; a new unit for one of them changes it, if BA ≠ Δ.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
@@ -367,7 +363,7 @@ def lora_da(
 
     Cost: O(in³ + out·in²), most of it the eigenvectors. Raises ValueError for
     moments that do not fit, for numbers out of range and for inputs or gradients that are all 0;
-    LinAlgError for a singular Z, where rounding does not hide it, and for a Yᵢ of 0 without
+    LinAlgError for a singular Z, unless rounding hides it, and for a Yᵢ of 0 without
     damping: give more rows or more damping.
     """
     n_out, n_in = gradient.shape
@@ -471,11 +467,11 @@ def monge_map(Z_f: Tensor, Z_p: Tensor) -> Tensor:
        the only one that moves x least.
 
     It is computed in float64, as an error of ε in Lᵀ Z_p L can become √ε in its root. Raises
-    LinAlgError where Z_f is not positive definite and rounding does not hide it.
+    LinAlgError for a Z_f that is not positive definite, unless rounding hides it.
     """
     L = torch.linalg.cholesky(Z_f.double())
     values, V = torch.linalg.eigh(L.mT @ Z_p.double() @ L)
-    root = V * values.clamp(min=0).sqrt() @ V.mT  # negative by rounding alone
+    root = V * values.clamp(min=0).sqrt() @ V.mT  # negative only by rounding
     T = torch.linalg.solve_triangular(L, root, upper=False, left=False)  # root · L⁻¹
     T = torch.linalg.solve_triangular(L.mT, T, upper=True)  # L⁻ᵀ · root · L⁻¹
     return T.to(Z_f.dtype)
@@ -501,7 +497,7 @@ def cntlora(
     without training; it splits into factors of variable rank. The paper uses the pre-training
     weights and fine-tuning activations only, so part 3 is nearer to it than a given Z_p.
 
-    1. Outputs: (W + ΔW)x shall have the second moments on fine-tuning inputs that Wx had on
+    1. Outputs: we want (W + ΔW)x to have the second moments on fine-tuning inputs that Wx had on
        pre-training inputs: (W + ΔW) Z_f (W + ΔW)ᵀ = W Z_p Wᵀ.
     2. Inputs: look for W + ΔW in the form W T. Then T Z_f Tᵀ = Z_p is enough. Of all such T take
        the one that moves x least, `monge_map(Z_f, Z_p)`. So ΔW = W(T − I).
@@ -516,10 +512,10 @@ def cntlora(
        both gradients, GAᵀ and BᵀG, would vanish, and training could not start.
 
     Guarantee, for the damped moments: the moments of Wx match at r = min(in, out); Z_p = Z_f gives
-    ΔW = 0 up to rounding, and an A without a meaning. With `damping=0` and Z_p given, a shift x_f =
+    ΔW = 0 up to rounding, and A is then arbitrary. With `damping=0` and Z_p given, a shift x_f =
     S x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then T = S⁻¹,
     as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank r at most. With
-    damping the largest shifts are as a rule undone only in part. Where S changes the mean of diag
+    damping the largest shifts are usually undone only in part. If S changes the mean of diag
     Z, T rescales all other directions, too, shifted or not, and small shifts can be overdone. A
     rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
     two to three times that of `lora_da`. Raises as `lora_da` does, and what torch raises for
@@ -546,8 +542,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     """Ranks {name: r ≥ 1} that sum to `budget` and minimise the squared singular values left out.
 
     `spectra` holds the singular values of each layer, largest first. Each layer gets one rank, and
-    the rest go to the largest values left over. As each spectrum falls, these are always the next
-    ones of their layers. Raises ValueError for a budget out of range and for NaN or Inf.
+    the rest go to the largest values left over. Each spectrum is sorted, so a layer's ranks are
+    always its largest values. Raises ValueError for a budget out of range and for NaN or Inf.
     """
     others = []
     for name, spectrum in spectra.items():
@@ -558,7 +554,7 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     if not 0 <= extra <= len(others):
         most = len(spectra) + len(others)
         raise ValueError(
-            f"rank budget {budget} is not in {len(spectra)}..{most}, 1 a layer or more"
+            f"rank budget {budget} is not in {len(spectra)}..{most}, at least 1 per layer"
         )
     ranks = dict.fromkeys(spectra, 1)
     for _, name in others[:extra]:
@@ -570,11 +566,11 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 #
 # What a loss has to be. `loss_fn(model, batch)` returns the MEAN of −log p over the rows of a
 # batch. A row's g is the gradient at the layer's output times the number of rows that the layer
-# sees in the batch, over all its calls and as far as the mask keeps them; so for one batch G is
-# ∂loss/∂W, as autograd would compute it. It follows that
+# sees in the batch, over all its calls, counting only rows that the mask keeps. So for one batch G
+# is ∂loss/∂W, as autograd would compute it. It follows that
 #
-# - `F.mse_loss` is no such mean: −log p of noise with variance v is half the sum of squares,
-#   divided by v, and the residuals should have this v;
+# - `F.mse_loss` is not such a mean: for noise of variance v, −log p is half the sum of squares
+#   divided by v; take the residuals' variance as v;
 # - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
 #   makes up for it only roughly. The same holds if the loss is a mean over sequences of n tokens:
 #   the step is n times too short if each token has a label, about n times if a sequence has one
@@ -584,18 +580,20 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 #   as `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
 #   provided that the model heeds that number, as Llama, GPT-2 and ModernBERT do; T5, BART, BERT
 #   and Whisper do not (transformers 5.24);
-# - a layer that is called k times on the same rows, as if shared across depth, counts them k times:
-#   its step is then up to k times too short.
+# - a layer that is called k times on the same rows, for example if it is shared across depth,
+#   counts them k times: its step is then up to k times too short.
 #
 # Wrong, and not noticed:
 #
 # - layers that see a part of the rows (experts): their step comes out too long;
-# - a layer that is called and whose weight is also read: G is that of the calls only;
+# - a layer whose weight is also read elsewhere: G counts only its calls;
 # - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
 #   the search notices it only if loss_fn does not enable gradients itself;
 # - a loss_fn that calls backward: it leaves gradients in the parameters that you train;
-# - a loader that refills one buffer: `init_…` makes a list of the batches, so let it copy;
-# - a mask of (sequences, tokens) while layers see (tokens, sequences), and there are as many;
+# - a loader that refills one buffer: `init_…` makes a list of the batches, so the loader has to
+#   copy;
+# - a mask of (sequences, tokens) while layers see (tokens, sequences), if the two numbers are
+#   equal;
 # - rows of another kind than the rest: mask attention sinks (in many language models the first
 #   token), whose huge inputs otherwise fill Z.
 
@@ -604,8 +602,9 @@ MaskFunction = Callable[[Any], Tensor]  # of a batch
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # B and A of each adapter by its name
 NOT_REACHED = (
     "no row reached it, or no gradient. Are there batches and labels that count, does loss_fn call "
-    "the model, does that call this layer as a module, in eval mode, too, does mask_fn keep rows "
-    "that count, are checkpoints not reentrant, and are gradients not too small to square?"
+    "the model, does that call this layer as a module, in eval mode, too, does mask_fn keep rows, "
+    "are checkpoints not reentrant, are gradients not too small to square, and do the layers that "
+    "follow pass them on (bitsandbytes' 4-bit layers on a CPU: call model.state_dict() first)?"
 )
 
 
@@ -613,8 +612,8 @@ class Statistics:
     """Means over `count` rows x of one layer's input and the gradients g at its output.
 
     `input_moment` is Z = E[x xᵀ]; `gradient` G = E[g xᵀ] and `output_fisher` Y = E[g²] are empty
-    after forward passes only. While batches come in they are sums, not yet means. They are where
-    the adapter's A is.
+    after forward passes only. While batches come in they are sums, not yet means. They live on the
+    device of the adapter's A.
     """
 
     def __init__(self, layer: nn.Module, backward: bool):
@@ -680,7 +679,7 @@ def collect_statistics(
 
     Memory: in² + out·in + out numbers per layer (in² without backward) and, during a batch, the
     inputs and output gradients of all these layers. With torch.distributed every process passes
-    other batches and gets the means over all; an error in one leaves the others waiting. Nested
+    other batches and gets the means over all; if one of them fails, the others wait. Nested
     tensors, inputs of a Tensor subclass and `vmap` around the model are not supported. In float16,
     gradients at y below 3e-8 become 0, which can be most of them if a batch has many rows; bfloat16
     keeps them. Raises ValueError for a loss that is no finite scalar with a gradient, a mask that
@@ -702,7 +701,8 @@ def collect_statistics(
                     call.gradient = gradient
                 seen = [call for call in seen if call.gradient is not None]
                 del gradients
-            _add_calls(statistics, seen, mask_fn and _checked_mask(mask_fn(batch)))
+            mask = None if mask_fn is None else _checked_mask(mask_fn(batch))
+            _add_calls(statistics, seen, mask)
             del loss, seen  # before the next forward pass needs the memory
     for name, sums in statistics.items():
         with _naming(name):
@@ -791,7 +791,7 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
 
     Afterwards, whatever happens, modes and adapters are as they were; no Parameter was exchanged or
     written to. Inside, a linear layer that passes no gradient on is refused: what comes before it
-    would get a wrong gradient. So is another s, if the caller leaves it behind.
+    would get a wrong gradient. So is a loss_fn that leaves another s behind.
     """
     modes = [(module, module.training) for module in model.modules()]
     adapters = lora_layers(model)
@@ -806,7 +806,7 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
             model.eval()
             for name, adapter in adapters.items():
                 adapter.scaling = s
-                adapter.lent = factors and factors[name]
+                adapter.lent = None if factors is None else factors[name]
             yield
             for name, adapter in adapters.items():
                 if adapter.scaling != s:
@@ -837,7 +837,7 @@ def _refuse_a_cut(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Any
 
 
 def _check_loss(loss: Any) -> None:
-    """Refuse what is no finite scalar, or has no gradient where gradients are recorded."""
+    """Refuse a loss that is no finite scalar, or has no gradient while gradients are recorded."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
@@ -892,10 +892,10 @@ def add_lora(
     is not yet adapted, by us or by PEFT; that includes a language model's head, which may be tied
     to its embedding. A layer that appears under two names is wrapped once and listed under the
     first. Returns the new adapters by name. Before this call load the pre-trained weights, tie what
-    is to be tied, and put the model where it will run; after it come `fully_shard` of FSDP2, then a
-    start, then the optimizer. If accelerate has offloaded layers, their adapters are on the meta
-    device: call `to_empty(device=…, recurse=False)` on each of them. Raises ValueError for a target
-    that matches no linear layer, and what `LoRALinear` raises; then nothing changes.
+    is to be tied, and put the model where it will run; afterwards call FSDP2's `fully_shard`, then
+    a start, then make the optimizer. If accelerate has offloaded layers, their adapters are on the
+    meta device: call `to_empty(device=…, recurse=False)` on each of them. Raises ValueError for a
+    target that matches no linear layer, and what `LoRALinear` raises; then nothing changes.
     """
     inside = set()  # of adapters: ours, and PEFT's, which have this method
     for module in model.modules():
@@ -979,16 +979,17 @@ def init_lora_da(
 
     Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
     theory's step is 1, for a single layer without damping. With several layers that is too long,
-    because each alone would remove the whole error. With damping it is too short: fourfold if
-    inputs are white, Y is even and damping is 1. A step of 0 keeps only A's directions. With
-    `step=None` the LAST batch is held out: D contains the fitted batches' noise, so on those
-    batches too long a step looks good. The search walks downhill from 1/16 along 0, 4⁻⁸ … 4², tries
-    half and twice the step at which it ends, and keeps the one with the least loss. On a loss that
-    falls and then rises this is the best of all these steps; it takes five to nine forward passes
-    as a rule, in eval mode and with the same random numbers of torch for each step. A loss that
-    draws others (NumPy's, a generator of its own) or that depends on earlier calls is compared
-    unfairly, and a small last batch chooses badly. If the search returns 16 or more, there is a
-    warning: the loss may be no mean of −log p over rows, or damping has made D short.
+    because each layer by itself would remove the whole error. With damping it is too short: by a
+    factor of four if inputs are white, Y is even and damping is 1. A step of 0 keeps only A's
+    directions. With `step=None` the LAST batch is held out: D contains the fitted batches' noise,
+    so on those batches too long a step looks good. The search walks downhill from 1/16 along 0, 4⁻⁸
+    … 4², tries half and twice the step at which it ends, and keeps the one with the least loss, of
+    equals the shortest. On a loss that falls and then rises this is the best of all these steps; it
+    takes six to eight forward passes as a rule, in eval mode and with the same random numbers of
+    torch for each step. A loss that draws others (NumPy's, a generator of its own) or that depends
+    on earlier calls is compared unfairly, and a small last batch chooses badly. If the search
+    returns 16 or more, there is a warning: the loss may be no mean of −log p over rows, or damping
+    has made D short.
 
     `layers_per_pass` bounds the memory for statistics: that many layers at a time, with a pass over
     the batches for each group. With torch.distributed every process makes this call, before DDP and
@@ -1030,8 +1031,8 @@ def init_cntlora(
 ) -> float:
     """Start every adapter of the model at CNTLoRA's A and B, and return the step.
 
-    Labels choose the step and are not used by the fit, which takes forward passes only; a pass
-    under no_grad counts, too. Without labels pass `step=1`, and let `loss_fn` call the model.
+    Labels choose the step and are not used by the fit, which takes forward passes only; passes
+    under no_grad are counted, too. Without labels pass `step=1`, and let `loss_fn` call the model.
     `pretrain_batches` give Z_p. With a `rank_budget`, `allocate_ranks` spends that many ranks in
     all, and s stays as it is. The factors then change their shapes, so make the optimizer
     afterwards; FSDP2 must not have sharded them yet, and all full-rank factors are held at once,
@@ -1184,7 +1185,7 @@ def _start(
 
 @torch.no_grad()
 def _best_step(model: nn.Module, factors: Factors, batch: Any, loss_fn: LossFunction) -> float:
-    """The t with the least loss on the batch, where ΔW = t·BA."""
+    """The t for which ΔW = t·BA has the least loss on the batch."""
     losses = {}
 
     def loss_at(t: float) -> float:
@@ -1218,7 +1219,7 @@ def _best_step(model: nn.Module, factors: Factors, batch: Any, loss_fn: LossFunc
         raise ValueError(
             "every step has the same loss on the last batch: does a label count in it?"
         )
-    best = min(losses, key=losses.__getitem__)
+    best = min(sorted(losses), key=losses.__getitem__)  # of equals the shortest
     if best >= 16:
         warnings.warn(
             f"step {best:g} is long: is loss_fn a mean of −log p over rows?", stacklevel=1
