@@ -4,7 +4,7 @@
 
 The model is y = W x with a frozen W (out, in), and fine-tuning looks for W* = W + Δ by a change BA.
 Here Δ is known, so that every start can be compared with the exact answer. The numbers are means
-over random draws. `--picture` draws how each start works, in two dimensions.
+over random draws.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, linalg
 
-from lora_init import cntlora, hrp, lora_da, monge_map
+from lora_init import cntlora, hrp, lora_da
+
+COLORS = {"gradient SVD": "C2", "LoRA-DA": "C3", "HRP": "C4"}  # the same in all figures
+LOOKS = ["o-", "s--", "D-.", "v:"]
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Scene:
     rows: dict[str, Tensor]  # (draws, columns) each
     curves: dict[str, Tensor] | None = None  # (draws, updates + 1) each, drawn instead of the rows
     floor: float = 0.0  # of a logarithmic y axis; 0 makes the axis linear
+    color: str = "black"  # of the curves, where they are all of one start
     no_adapter: float = 1.0  # what BA = 0 gives, in every column
 
 
@@ -166,7 +170,7 @@ def new_task(draws: int) -> Scene:
             "than no adapter, but its directions are better than random ones."
         ),
         x_label="Adam's updates",
-        y_label="share of Δ missing (clipped at 1e-6)",
+        y_label="share of Δ missing",
         columns=[*stops, "A frozen"],
         rows=rows,
         curves=curves,
@@ -224,6 +228,7 @@ def few_noisy_rows(draws: int) -> Scene:
         columns=counts,
         rows=rows,
         floor=0.1,
+        color="C3",
     )
 
 
@@ -269,9 +274,10 @@ def how_hot_to_preheat(draws: int) -> Scene:
             "nothing, as A cannot leave the row space of its random start."
         ),
         x_label="preheating rank R",
-        y_label=f"residual, where 1 is the best rank {r}",
+        y_label=f"residual (best rank {r}: 1)",
         columns=highs,
         rows=rows,
+        color="C4",
         no_adapter=1 / optimum,
     )
 
@@ -323,9 +329,10 @@ def new_domain(draws: int) -> Scene:
             "is assumed white, a high rank also changes inputs that never shifted."
         ),
         x_label="rank r",
-        y_label="error, relative to no adapter",
+        y_label="error (no adapter: 1)",
         columns=ranks,
         rows=rows,
+        color="C0",
     )
 
 
@@ -344,43 +351,28 @@ def print_scene(number: int, scene: Scene) -> None:
     print("\n" + textwrap.fill(scene.lesson, width=96), flush=True)
 
 
-# ---------------------------------------------------------------------------- figures
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["font.size"] = 8
-    matplotlib.rcParams["svg.hashsalt"] = "demo_toy"  # in place of random names in the svg
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Any, file: str) -> None:
-    """Write a .png or .svg, without a date, so that equal numbers give equal files."""
-    figure.savefig(file, metadata={"Date": None}, dpi=200)
+# ---------------------------------------------------------------------------- the figure
 
 
 def plot_scenes(scenes: dict[int, Scene], file: str) -> None:
-    """One panel a scene, with the legends below the panels."""
+    """One panel a scene, with its legend below it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["font.size"] = 12  # readable at half the size
+    matplotlib.rcParams["svg.hashsalt"] = "demo_toy"  # in place of random names in the svg
     side = 1 if len(scenes) == 1 else 2
-    figure = new_figure(3.65 * side, 3.5 * side)
+    figure = Figure(figsize=(3.4 * side, 5 * side), layout="constrained")
     panels = figure.subplots(side, side, squeeze=False).flat
     for panel, (number, scene) in zip(panels, scenes.items(), strict=True):
         plot_scene(panel, scene)
-        panel.set_title(f"{number}. {scene.title}")
-    figure.supxlabel("bars: ± 2 standard errors of the mean over the draws", fontsize=8)
-    save(figure, file)
+        panel.set_title(f"{number}. {scene.title}", fontsize=13)
+    figure.supxlabel("bars: ± 2 standard errors of the mean over the draws", fontsize=12)
+    figure.savefig(file, metadata={"Date": None}, dpi=200)  # equal numbers give equal files
 
 
 def plot_scene(panel: Any, scene: Scene) -> None:
     """The curves of a scene, with about five markers each, and the line of no adapter."""
-    panel.set_prop_cycle(
-        color=["black", "tab:green", "tab:red", "tab:purple"],
-        linestyle=["-", "--", "-.", ":"],
-        marker=["o", "s", "D", "^"],
-    )
     curves = scene.curves or scene.rows
     for number, (name, values) in enumerate(curves.items()):
         draws, points = values.shape
@@ -390,128 +382,22 @@ def plot_scene(panel: Any, scene: Scene) -> None:
             range(points),
             values.mean(dim=0).clamp(min=scene.floor),
             yerr=2 * values.std(dim=0) / math.sqrt(draws),
+            fmt=LOOKS[number],
+            color=COLORS.get(name, scene.color),
             errorevery=marked,
             markevery=marked,
-            markersize=3.5,
-            linewidth=1.2,
             label=name,
         )
-    panel.axhline(scene.no_adapter, color="gray", linewidth=0.8, label="no adapter")
+    panel.axhline(scene.no_adapter, color="gray", label="no adapter")
     if scene.curves is None:
         panel.set_xticks(range(len(scene.columns)), scene.columns)
     panel.set_yscale("log" if scene.floor else "linear")
     panel.set_ylim(bottom=scene.floor)
     panel.set(xlabel=scene.x_label, ylabel=scene.y_label)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.16), "ncols": 2}
-    panel.legend(**below, frameon=False, handlelength=3.5)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), frameon=False, handlelength=3)
 
 
-# ---------------------------------------------------------------------------- the picture
-
-
-def draw_picture(file: str) -> None:
-    """How each start works, in two dimensions, drawn with the functions themselves."""
-    figure = new_figure(7.3, 2.75)
-    panels = figure.subplots(1, 3)
-    draw_lora_da(panels[0])
-    draw_hrp(panels[1])
-    draw_cntlora(panels[2])
-    for panel in panels:
-        panel.set(xticks=[], yticks=[], aspect="equal")
-        panel.spines[:].set_color("lightgray")
-    save(figure, file)
-
-
-def ellipse(C: Tensor) -> Tensor:
-    """The points x with xᵀ C⁻¹ x = 1 (2, 97): a root of C times the unit circle."""
-    angles = torch.linspace(0, 2 * math.pi, 97)
-    return linalg.cholesky(C) @ torch.stack([angles.cos(), angles.sin()])
-
-
-def draw_arrows(panel: Any, start: Tensor, move: Tensor, color: str) -> None:
-    """Arrows from the points `start` (2, n) to `start + move`."""
-    units = {"angles": "xy", "scale_units": "xy", "scale": 1}  # those of the axes
-    panel.quiver(*start, *move, color=color, width=0.011, zorder=3, **units)
-
-
-def draw_lora_da(panel: Any) -> None:
-    """The plane of ΔW (1, 2): the full step ends at Δ, and A leans away from the noise."""
-    delta = torch.tensor([[2.0, 1.6]])  # (1, 2)
-    Z = torch.tensor([[0.12, -0.02], [-0.02, 0.03]])
-    Y = torch.ones(1)
-    n_train = 20
-    G = -Y * delta @ Z  # (1, 2)
-    full_step = -G / Y @ linalg.inv(Z)  # (1, 2)
-    steepest = -G * G.square().sum() / (G @ Z @ G.mT)  # (1, 2), to the least loss on its line
-    B, A = lora_da(G, Z, Y, 1, n_train, damping=0)
-    noise = ellipse(linalg.inv(Z) / (n_train * Y))  # (2, 97), one standard deviation
-    origin = torch.zeros(2, 1)
-
-    for size in torch.arange(0.5, 5, 0.5):  # the noise has the shape of the loss's contours
-        panel.plot(*(delta.mT + size * noise), color="lightgray", linewidth=0.6)
-    panel.fill(*(delta.mT + noise), color="C1", alpha=0.35, linewidth=0)
-    panel.axline((0, 0), tuple(A[0]), color="C3", linestyle="--")
-    panel.plot(*torch.cat([delta, B @ A]).mT, color="C3", linestyle=":", marker="D", markevery=[1])
-    draw_arrows(panel, origin, steepest.mT, "gray")
-    draw_arrows(panel, origin, full_step.mT, "black")
-    panel.text(-0.1, 0.1, "0", ha="right")
-    panel.text(0.9, -0.1, "−G", va="top")
-    panel.text(0.3, 0.45, "−Y⁻¹GZ⁻¹", rotation=39)
-    panel.text(1.95, 1.72, "Δ", ha="center")
-    panel.text(2.25, 1.1, "BA", va="top")
-    panel.text(2.2, 2.35, "noise", ha="center")
-    panel.text(3.1, 1.9, "A's rows", rotation=31, ha="center")
-    panel.axis((-0.5, 3.7, -0.9, 3.3))
-    panel.set(title="LoRA-DA: aim, and avoid noise", xlabel="ΔW, with contours of the loss")
-
-
-def draw_hrp(panel: Any) -> None:
-    """How much of Δ each direction catches, and where preheating turns a random one."""
-    delta = torch.tensor([[0.1, 1.0], [0.6, 0.9], [-0.4, 0.3]])  # (out, 2)
-    random_A = torch.tensor([[0.9, -0.2], [0.3, 0.6]])  # (2, 2), as if drawn
-    circle = ellipse(torch.eye(2))  # (2, 97)
-    B_high = torch.zeros(1, 3, 2)
-    stops = [8, 10, 15]
-    heated_B, _ = train(delta, torch.eye(2), B_high, random_A, stops[-1], lr=0.1, train_A=False)
-
-    def caught(directions: Tensor) -> Tensor:
-        """The directions (2, n), each as long as the share of Δ that it catches."""
-        return directions * (1 - share_out_of_reach(delta, directions.mT[:, None]))
-
-    panel.plot(*circle, color="gray", linestyle=":")
-    panel.fill(*caught(circle), color="C0", alpha=0.25, linewidth=0)
-    any_B = torch.ones(3, 1)
-    _, A = hrp(any_B, random_A[:1], 1)  # at R = 1 A keeps its direction, whatever B_high learns
-    panel.axline((0, 0), tuple(A[0]), color="black", linestyle="--", linewidth=1)
-    panel.plot(*caught(A.mT * A[0, 0].sign()), color="black", marker="o")  # in the right half
-    for updates in stops:
-        _, A = hrp(heated_B[updates, 0], random_A, 1)
-        place = caught(A.mT * A[0, 0].sign())  # (2, 1)
-        panel.plot(*place, color="C4", marker="^")
-        panel.text(*place[:, 0], f"  {updates}", va="center")
-    panel.text(0, 1.1, "▲ R = 2, after 8, 10 and 15 updates", ha="center")
-    panel.text(0, -1.2, "● R = 1: the random A", ha="center")
-    panel.axis((-1.3, 1.3, -1.3, 1.3))
-    panel.set(title="HRP: preheating turns A", xlabel="share of Δ caught, dotted: all of Δ")
-
-
-def draw_cntlora(panel: Any) -> None:
-    """The map that gives the new inputs the old ones' moment, and that moves them least."""
-    Z_p = torch.tensor([[1.0, 0.0], [0.0, 0.3]])
-    S = torch.tensor([[1.5, 0.7], [0.7, 1.98]])  # S − I has rank 1
-    Z_f = S @ Z_p @ S
-    T = monge_map(Z_f, Z_p)
-    new = ellipse(Z_f)  # (2, 97)
-    some = new[:, ::8]  # (2, 13)
-
-    panel.plot(*ellipse(Z_p), color="black", linestyle="--")
-    panel.plot(*new, color="C0")
-    draw_arrows(panel, some, T @ some - some, "gray")
-    panel.text(0, 0, "old: Z_p", ha="center", va="center")
-    panel.text(-1, 1, "new: Z_f", ha="center")
-    panel.text(1.3, 0.9, "T")
-    panel.axis((-1.75, 1.75, -1.75, 1.75))
-    panel.set(title="CNTLoRA: inputs moved back", xlabel="inputs x, moved to Tx")
+# ---------------------------------------------------------------------------- the command
 
 
 def main() -> None:
@@ -519,21 +405,16 @@ def main() -> None:
     parser.add_argument("--scene", type=int, choices=SCENES, help="only this scene")
     parser.add_argument("--seed", type=int, default=0, help="the seed of everything random")
     parser.add_argument("--plot", metavar="FILE", help="draw the scenes to a .png or .svg")
-    parser.add_argument(
-        "--picture", metavar="FILE", help="draw how each start works to a .png or .svg"
-    )
     parser.add_argument("--fast", action="store_true", help="a smoke test with few draws")
     args = parser.parse_args()
-    if (args.plot or args.picture) and importlib.util.find_spec("matplotlib") is None:
-        parser.error("figures need matplotlib: pip install matplotlib")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
 
     if hasattr(sys.stdout, "reconfigure"):  # in a notebook it has not
         sys.stdout.reconfigure(errors="replace")  # a file on Windows may have no Δ
     torch.set_num_threads(1)  # two threads that share their cores with others wait for each other
     torch.set_default_dtype(torch.float64)
     print(f"torch {torch.__version__}, one thread, seed {args.seed}")
-    if args.picture:
-        draw_picture(args.picture)
     draws = 2 if args.fast else 20
     scenes = {}
     for number in [args.scene] if args.scene else SCENES:

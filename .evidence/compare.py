@@ -329,7 +329,7 @@ def make_task(args: argparse.Namespace) -> demo.Task:
     return demo.Task(
         model=model,
         train={seed: demo.draw(train_rows, count, args.batch, 100 + seed) for seed in args.seeds},
-        dev=demo.draw(dev_rows, held_out, args.batch, seed=0),
+        dev=demo.draw(dev_rows, held_out // 2, args.batch, seed=0),
         test=demo.draw(test_rows, held_out, args.batch, seed=0),
         old=old,
     )
