@@ -77,11 +77,11 @@ class LoRALinear(nn.Module):
 
     x (…, in) gives y (…, out). It starts as plain LoRA does: A is Kaiming-uniform and B = 0, so
     that the function is unchanged. A and B are made in float32 at least; the sum is rounded to y's
-    dtype once. `alpha=None` means s = 1. `scaling` is s, a plain number: 0 switches the adapter
-    off. The state_dict does not hold it, so save it yourself. Further arguments go on to the base
-    layer, which has to return one tensor. TorchScript and an adapter on an adapter are not
-    supported. Raises ValueError for a rank or an alpha out of range, TypeError for complex weights
-    and for a layer without a weight, because it is packed or lazy.
+    dtype once, except under autocast. `alpha=None` means s = 1. `scaling` is s, a plain number: 0
+    switches the adapter off. The state_dict does not hold it, so save it yourself. Further
+    arguments go on to the base layer, which has to return one tensor. TorchScript and an adapter on
+    an adapter are not supported. Raises ValueError for a rank or an alpha out of range, TypeError
+    for complex weights and for a layer without a weight, because it is packed or lazy.
     """
 
     lent: tuple[Tensor, Tensor] | None = None  # B and A that a start tries in place of its own
@@ -159,7 +159,8 @@ class LoRALinear(nn.Module):
 
         It is computed anew each time: to change W, write to `base_layer.weight`.
         """
-        return (self.base_weight + self.delta_weight()).to(self.base_weight.dtype)
+        W = self.base_weight
+        return (W + self.delta_weight()).to(W.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -291,7 +292,10 @@ def lora_da(
     its label: in a language model, one token. Z + damping·mean(diag Z)·I and Y + damping·mean(Y)
     take the places of Z and Y throughout. Without damping Z is singular if there are fewer rows
     than inputs. The default, 1, trained better than 0.1 on a language model. More damping tilts A
-    towards directions in which the inputs vary most.
+    towards directions in which the inputs are largest. The unit mean(diag Z) contains the inputs'
+    mean and outliers, and so does not mean the same in every layer: if inputs share a mean of 100
+    standard deviations, or a few rows are huge (attention sinks), most of the start's gain is lost.
+    Centre such inputs, and let the bias make up for it; mask such rows.
 
     1. How well can the truth, W* = W + Δ, be found at all? Let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
@@ -355,13 +359,13 @@ def lora_da(
     This divides row i of D by 1 + (ΔZΔᵀ)ᵢᵢ/σ². A still spans Δ's rows if rank Δ = r. Several layers
     that each take the whole step can overshoot: see `init_lora_da`. If the loss is multiplied by c,
     and so Y by c², A's span is the same and BA is divided by c. A rotation of the inputs, or a new
-    unit for all of them, leaves BAx as it is; a new unit for one of them changes it, if BA ≠ Δ.
+    unit for all of them, leaves BAx as it is; a new unit for one of them can change it, if BA ≠ Δ.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
     A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
     averaged over each sequence; it damps with 1e-6·I in any units.
 
-    Cost: O(in³ + out·in²), most of it the eigenvectors. Raises ValueError for
+    Cost: O(in³ + out·in²), half of it the eigenvectors if out = in. Raises ValueError for
     moments that do not fit, for numbers out of range and for inputs or gradients that are all 0;
     LinAlgError for a singular Z, unless rounding hides it, and for a Yᵢ of 0 without
     damping: give more rows or more damping.
@@ -393,7 +397,9 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not in [0, ∞)")
     if not moment.any():
-        raise ValueError("all inputs are 0: leave this layer out of the targets")
+        raise ValueError(
+            "all inputs are 0, or too small to square: leave this layer out of the targets"
+        )
     return moment + damping * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
 
 
@@ -512,18 +518,18 @@ def cntlora(
        both gradients, GAᵀ and BᵀG, would vanish, and training could not start.
 
     Guarantee, for the damped moments: the moments of Wx match at r = min(in, out); Z_p = Z_f gives
-    ΔW = 0 up to rounding, and A is then arbitrary. With `damping=0` and Z_p given, a shift x_f =
-    S x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then T = S⁻¹,
+    ΔW = 0 up to rounding, and A is then arbitrary. With `damping=0` and Z_p given, a shift x_f = S
+    x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then T = S⁻¹,
     as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank r at most. With
-    damping the largest shifts are usually undone only in part. If S changes the mean of diag
-    Z, T rescales all other directions, too, shifted or not, and small shifts can be overdone. A
-    rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
-    two to three times that of `lora_da`. Raises as `lora_da` does, and what torch raises for
+    damping the largest shifts are usually undone only in part. If S changes the mean of diag Z, T
+    rescales all other directions, too, shifted or not, and small shifts can be overdone. A rotation
+    of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²), two to
+    three times that of `lora_da` if out = in. Raises as `lora_da` does, and what torch raises for
     matrices that do not fit.
     """
     _check_rank(rank, *weight.shape)
     Z_f = _damped(input_moment, damping)
-    L = torch.linalg.cholesky(Z_f)  # (in, in)
+    L = torch.linalg.cholesky(Z_f.double()).to(Z_f)  # (in, in)
     if pretrain_moment is None:
         values, V = torch.linalg.eigh(Z_f.double())
         T = (V * (Z_f.diagonal().mean() / values).sqrt() @ V.mT).to(Z_f)  # Z_p^½ Z_f^−½
@@ -567,7 +573,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 # What a loss has to be. `loss_fn(model, batch)` returns the MEAN of −log p over the rows of a
 # batch. A row's g is the gradient at the layer's output times the number of rows that the layer
 # sees in the batch, over all its calls, counting only rows that the mask keeps. So for one batch G
-# is ∂loss/∂W, as autograd would compute it. It follows that
+# is ∂loss/∂ΔW, as autograd would compute it, less the part of the rows that are masked. It follows
+# that
 #
 # - `F.mse_loss` is not such a mean: for noise of variance v, −log p is half the sum of squares
 #   divided by v; take the residuals' variance as v;
@@ -581,7 +588,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 #   provided that the model heeds that number, as Llama, GPT-2 and ModernBERT do; T5, BART, BERT
 #   and Whisper do not (transformers 5.24);
 # - a layer that is called k times on the same rows, for example if it is shared across depth,
-#   counts them k times: its step is then up to k times too short.
+#   counts them k times: its step is then too short, k times if the gradients of its calls are
+#   independent, and more if they oppose each other.
 #
 # Wrong, and not noticed:
 #
@@ -589,7 +597,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 # - a layer whose weight is also read elsewhere: G counts only its calls;
 # - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
 #   the search notices it only if loss_fn does not enable gradients itself;
-# - a loss_fn that calls backward: it leaves gradients in the parameters that you train;
+# - a loss_fn that calls backward on a graph of its own or with retain_graph: it leaves gradients in
+#   the parameters that you train;
 # - a loader that refills one buffer: `init_…` makes a list of the batches, so the loader has to
 #   copy;
 # - a mask of (sequences, tokens) while layers see (tokens, sequences), if the two numbers are
@@ -624,12 +633,13 @@ class Statistics:
         n_in = linear.in_features
         n_out = linear.out_features if backward else 0
         self.count = 0
-        self.input_moment = torch.zeros(n_in, n_in, device=device, dtype=dtype)
-        self.gradient = torch.zeros(n_out, n_in, device=device, dtype=dtype)
-        self.output_fisher = torch.zeros(n_out, device=device, dtype=dtype)
+        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
+        self.input_moment = zeros(n_in, n_in)
+        self.gradient = zeros(n_out, n_in)
+        self.output_fisher = zeros(n_out)
 
     def add(self, x: Tensor, moment: Tensor, loss_gradient: Tensor | None, rows: int) -> None:
-        """Add a call: x (…, in), its sum of x xᵀ, and ∂loss/∂y (…, out) of a loss over `rows` rows.
+        """Add a call: x (n, in), its sum of x xᵀ, and ∂loss/∂y (n, out) of a loss over `rows` rows.
 
         As the loss is a mean, g is `rows` times ∂loss/∂y. By the chain rule ∂loss/∂W is the sum of
         ∂loss/∂y xᵀ: autograd need not compute it.
@@ -637,7 +647,7 @@ class Statistics:
         self.count += len(x)
         self.input_moment += moment.to(self.input_moment)
         if loss_gradient is not None:
-            h = loss_gradient.to(self.gradient)  # (…, out)
+            h = loss_gradient.to(self.gradient)  # (n, out)
             self.gradient.addmm_(h.mT, x.to(h), alpha=rows)  # += gᵀx; autocast leaves it alone
             self.output_fisher += rows**2 * h.square().sum(dim=0)  # += g²
 
@@ -653,6 +663,7 @@ class Statistics:
             _check_finite(name, total)
 
 
+@torch.inference_mode(False)  # with gradients, even if the caller has switched them off
 def collect_statistics(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -671,7 +682,8 @@ def collect_statistics(
     itself, must leave the batch as it was, and may not change an adapter's `scaling` for good. What
     a call changes in the model beyond that, such as a memory that it updates, is not undone.
     Afterwards modes, adapters and every `.grad` are as before. Eval mode turns Hugging Face's
-    checkpointing off: to keep it, let `loss_fn` call `model.train()` first.
+    checkpointing off: to keep it, let `loss_fn` call `model.train()` first (dropout is then on,
+    too).
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
     inputs, (sequences, tokens), also if a model flattens these two. There is one mask for all
@@ -723,7 +735,7 @@ class _Call:
 
 @contextlib.contextmanager
 def _recorded(layers: Mapping[str, nn.Module], backward: bool) -> Iterator[list[_Call]]:
-    """A list to which every call of these layers is added, before hooks of others change y."""
+    """A list to which every call of these layers is added, before other hooks on them change y."""
     calls = []
 
     def remember(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
@@ -795,7 +807,7 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
     """
     modes = [(module, module.training) for module in model.modules()]
     adapters = lora_layers(model)
-    scalings = {name: adapter.scaling for name, adapter in adapters.items()}
+    found = {name: (adapter.scaling, adapter.lent) for name, adapter in adapters.items()}
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
@@ -816,8 +828,7 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
                     )
         finally:
             for name, adapter in adapters.items():
-                adapter.scaling = scalings[name]
-                adapter.lent = None
+                adapter.scaling, adapter.lent = found[name]
             for module, training in modes:  # outside first: a train() of its own may do more
                 module.train(training)
                 if hasattr(module, "reshard"):  # FSDP's outermost module stays whole after a pass
@@ -827,9 +838,8 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
 
 
 def _refuse_a_cut(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Any) -> None:
-    x = [*args, *kwargs.values()][0]
-    cut = x.requires_grad and not getattr(y, "requires_grad", True)
-    if torch.is_grad_enabled() and cut:
+    needed = any(getattr(x, "requires_grad", False) for x in (*args, *kwargs.values()))
+    if torch.is_grad_enabled() and needed and not getattr(y, "requires_grad", True):
         raise ValueError(
             f"layer '{name}': this {type(layer).__name__} passes no gradient on to the layers "
             "before it, as kernels for inference do: dequantize it, or load it in another format"
@@ -921,8 +931,8 @@ def add_lora(
             found[name] = linears[name]
     if not found:
         raise ValueError(
-            f"no linear layer is left to adapt inside {type(model).__name__}; if it is one itself, "
-            "wrap it in LoRALinear"
+            f"no linear layer is left to adapt in {type(model).__name__}, or there is no target; a "
+            "model that is one layer itself goes into LoRALinear"
         )
     for name, linear in found.items():  # all of them, before anything changes
         with _naming(name):
@@ -939,8 +949,8 @@ def add_lora(
 def merge_lora(model: nn.Module) -> nn.Module:
     """Replace every adapter inside the model by its merged linear layer, in place; returns it.
 
-    Raises ValueError if there is none, and TypeError for a base weight that cannot be read; then
-    nothing changes.
+    Raises ValueError if there is none or one is off, and TypeError for a base weight that cannot be
+    read; then nothing changes.
     """
     merged = {}
     for name, layer in _adapters(model).items():
@@ -956,7 +966,7 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
             model.set_submodule(name, replacements[module])
 
 
-@torch.inference_mode(False)  # with gradients, even if the caller has switched them off
+@torch.inference_mode(False)
 def init_lora_da(
     model: nn.Module,
     batches: Iterable,
@@ -1097,8 +1107,9 @@ def init_hrp(
         R = min(preheat_rank, layer.in_features, layer.out_features)
         A_high = torch.empty(R, layer.in_features, device="cpu")
         nn.init.kaiming_uniform_(A_high, a=math.sqrt(5), generator=generator)
-        B_high = torch.zeros(layer.out_features, R).to(layer.lora_B).requires_grad_()
-        high[name] = (B_high, A_high.to(layer.lora_A))
+        place = (layer.lora_B.device, _at_least_float32(layer.lora_B.dtype))
+        B_high = torch.zeros(layer.out_features, R).to(*place).requires_grad_()
+        high[name] = (B_high, A_high.to(*place))
     trained = [B_high for B_high, _ in high.values()]
     optimizer = torch.optim.Adam(trained, lr)
     with _borrowed(model, high, s=1.0):
@@ -1177,9 +1188,15 @@ def _start(
     """Set every adapter's factors so that ΔW = step·BA, and return the step."""
     if step is None:
         step = _best_step(model, factors, held_out, loss_fn)
+    ready = []
     for name, layer in lora_layers(model).items():
         B, A = factors[name]
-        layer.set_factors(step / layer.scaling * B, A)
+        B = (step / layer.scaling * B).to(layer.lora_B)
+        with _naming(name):
+            _check_finite("B", B)
+        ready.append((layer, B, A))
+    for layer, B, A in ready:  # all of them are finite
+        layer.set_factors(B, A)
     return step
 
 
@@ -1207,7 +1224,7 @@ def _best_step(model: nn.Module, factors: Factors, batch: Any, loss_fn: LossFunc
 
     steps = [0.0] + [4.0**k for k in range(-8, 3)]
     i = steps.index(4.0**-2)
-    while loss_at(steps[i]) > loss_at(0.0):
+    while loss_at(0.0) < loss_at(steps[i]):  # at 0 first, where the loss is checked
         i -= 1
     while i + 1 < len(steps) and loss_at(steps[i + 1]) <= loss_at(steps[i]):
         i += 1

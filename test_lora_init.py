@@ -1427,6 +1427,52 @@ def test_the_loss_may_switch_an_adapter_off_if_it_puts_back_what_it_found():
     assert steps[0] == steps[1] > 0
 
 
+class Pair(nn.Linear):
+    """A linear layer of another signature, which has no adapter."""
+
+    def forward(self, inputs):
+        return super().forward(inputs[0])
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_leaves_linear_layers_of_another_signature_alone(init):
+    """They stand in the model, and it is no business of a start what they take."""
+    model = nn.ModuleDict({"pair": Pair(3, 3), "net": adapted_net().float()})
+
+    def loss_fn(model, batch):
+        x, labels = batch
+        return mean_loss(model["net"], (model["pair"]((x.float(), None)), labels))
+
+    init(model, batches_of(40, 40), loss_fn)
+    assert model["net"].q.lora_A.isfinite().all()
+
+
+def test_hrp_preheats_float16_factors_in_float32():
+    """Adam's 1e-8 is 0 in float16, so that a gradient of 0 would divide 0 by 0."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    add_lora(model, 1)
+    model[0].lora_A.data = model[0].lora_A.data.half()
+    model[0].lora_B.data = model[0].lora_B.data.half()
+    x = torch.randn(9, 3) * torch.tensor([1.0, 1.0, 0.0])
+    init_hrp(model, [x, x], lambda model, x: model(x)[:, :2].square().mean(), preheat_rank=3)
+    assert model[0].lora_A.isfinite().all()
+
+
+def test_a_loss_may_collect_statistics_while_steps_are_tried():
+    """What is lent to the adapters meanwhile is lent again afterwards."""
+    batches = 2 * batches_of(40)  # held out is what was fitted, so that a step pays
+    expected = adapted_net()
+    model = adapted_net()
+
+    def nested_loss(model, batch):
+        collect(model, batches, mean_loss)
+        return mean_loss(model, batch)
+
+    step = init_lora_da(expected, batches, mean_loss)
+    assert init_lora_da(model, batches, nested_loss) == step > 0
+    assert near(model.q.delta_weight(), expected.q.delta_weight())
+
+
 # ---------------------------------------------------------------------------- all or nothing
 
 
@@ -1522,6 +1568,8 @@ def switching_on(model, batch):
         (init_cntlora, {"rank_budget": 3}, r"rank budget 3 is not in 4\.\.17"),
         (init_cntlora, {"rank_budget": 18}, r"rank budget 18 is not in 4\.\.17"),
         (init_cntlora, {"layers_per_pass": 0}, "layers_per_pass 0"),
+        (init_cntlora, {"loss_fn": lambda m, b: mean_loss(m, b).item()}, "float, not a scalar"),
+        (init_cntlora, {"loss_fn": lambda m, b: m(b[0])}, r"\(\d, 3\), not a scalar"),
         (init_hrp, {"preheat_rank": 1}, "layer 'q': preheat_rank=1 is below rank 2"),
         (init_hrp, {"batches": []}, "layer 'q': B_high is 0"),
     ],

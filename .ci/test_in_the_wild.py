@@ -339,3 +339,16 @@ def test_the_page_shows_every_output_and_selects_tests_that_exist():
     assert words
     for word in words:
         assert any(word in test for test in tests), word
+
+
+def test_the_results_on_the_page_are_those_of_the_committed_runs(tmp_path):
+    """Each loss and each difference with its interval is printed by .evidence/report.py."""
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(ROOT / ".evidence" / "report.py"), "--figures", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = PAGE.split("\n## Results")[1].split("\n## The toy")[0]
+    numbers = re.findall(r"[−+]\d\.\d{4} ± \d\.\d{4}|\d\.\d{4}", results.replace("\n", " "))
+    assert len(numbers) > 50
+    for number in numbers:
+        assert number in done.stdout, number
