@@ -121,10 +121,10 @@ def table(header: list[str], lines: list[list[str]]) -> None:
     print()
 
 
-def print_differences(rows: dict[str, Row]) -> None:
-    """Each start minus plain LoRA: at both one's best rates, and at a quarter of plain LoRA's."""
-    plain = rows["lora"]
-    header = ["plain LoRA's test loss; below, others minus it", "before training"]
+def print_differences(rows: dict[str, Row], base: str) -> None:
+    """Each start minus the base: at both one's best rates, and at a quarter of the base's."""
+    plain = rows[base]
+    header = [f"{base}'s test loss; the others minus it", "before training"]
     lines = [
         [name, f"{mean(next(iter(row.values())), 'loss_start'):.4f}"] for name, row in rows.items()
     ]
@@ -151,26 +151,22 @@ def print_differences(rows: dict[str, Row]) -> None:
     table(header, lines)
 
 
-def print_by_pretraining(rows: dict[str, Row]) -> None:
-    """The same differences at the best rates, for each pre-training by itself."""
-    plain = rows["lora"]
-    seeds = sorted({pair[0] for cell in plain.values() for pair in cell if pair[0] is not None})
-    if len(seeds) < 2:
-        return
-    for freeze_A in (True, False):
-        setting = "A frozen" if freeze_A else "A trained"
-        best = best_rate(plain, freeze_A)
-        lines = []
-        for name, row in rows.items():
-            own = best_rate(row, freeze_A)
-            if row is plain or own is None:
-                continue
-            line = [name]
-            for seed in seeds:
-                ours = {pair: run for pair, run in row[freeze_A, own].items() if pair[0] == seed}
-                line.append(difference(ours, plain[freeze_A, best]))
-            lines.append(line)
-        table([f"{setting}, by pre-training"] + [f"seed {seed}" for seed in seeds], lines)
+def pretrainings(rows: dict[str, Row]) -> list[int]:
+    """The seeds of pre-training; a model that was not pre-trained here counts as 0."""
+    cells = [cell for row in rows.values() for cell in row.values()]
+    return sorted({pair[0] or 0 for cell in cells for pair in cell})
+
+
+def of_one_pretraining(rows: dict[str, Row], seed: int = 0) -> dict[str, Row]:
+    """The runs of one pre-training, so that intervals and bars show the seeds of the starts."""
+    chosen: dict[str, Row] = {}
+    for name, row in rows.items():
+        chosen[name] = {}
+        for key, cell in row.items():
+            own = {pair: run for pair, run in cell.items() if (pair[0] or 0) == seed}
+            if own:
+                chosen[name][key] = own
+    return {name: row for name, row in chosen.items() if row}
 
 
 def print_losses(rows: dict[str, Row]) -> None:
@@ -216,26 +212,17 @@ def print_group(group: tuple, rows: dict[str, Row]) -> None:
     methods = [*STYLES, "reduced_rank", "gradient_svd", "white", "orthonormal"]
     names = sorted(rows, key=lambda name: (methods.index(name.split(",")[0]), name))
     rows = {name: rows[name] for name in names}
-    if "lora" in rows:
-        print_differences(rows)
-        print_by_pretraining(rows)
-    print_losses(rows)
+    for seed in pretrainings(rows):
+        one = of_one_pretraining(rows, seed)
+        print(f"Pre-training {seed}\n" if seed else "")
+        for base in ("lora", "lora_da"):
+            if base in one:
+                print_differences(one, base)
+        print_losses(one)
     print_starts(rows)
 
 
 # ---------------------------------------------------------------------------- figures
-
-
-def of_one_pretraining(rows: dict[str, Row]) -> dict[str, Row]:
-    """The runs of the first pre-training, so that bars show the seeds and not the models."""
-    chosen: dict[str, Row] = {}
-    for name, row in rows.items():
-        chosen[name] = {}
-        for key, cell in row.items():
-            first = {pair: run for pair, run in cell.items() if pair[0] in (None, 0)}
-            if first:
-                chosen[name][key] = first
-    return {name: row for name, row in chosen.items() if row}
 
 
 def new_figure() -> tuple:
