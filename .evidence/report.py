@@ -36,7 +36,7 @@ STYLES = {  # one colour a method in all figures, and a marker and a dash for gr
 }
 FIGURES = {  # file: task, updates, methods
     "transformer.svg": ("small", 50, ["lora", "lora_da", "hrp", "cntlora"]),
-    "smollm2.svg": ("smollm2", 400, ["lora", "lora_da", "pissa", "lora_ga", "eva"]),
+    "smollm2.svg": ("smollm2", 100, ["lora", "lora_da", "pissa", "lora_ga", "eva"]),
 }
 Run = dict  # one line of a file
 Cell = dict[tuple, Run]  # runs by (pre-training seed, seed)
