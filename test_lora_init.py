@@ -1331,7 +1331,8 @@ def test_the_step_is_the_best_of_the_grid_on_the_batch_held_out(init, seed):
 def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
     falls, broken, nothing, neighbour
 ):
-    """The loss of 0, 4⁻⁸ … 4²: weakly down, then up, and then no number. 12 calls are enough.
+    """The loss of 0, 4⁻⁸ … 4²: weakly down, then up, and then no number, in 11 calls
+    or, on plateaus, in 14 at most.
 
     Between two of these steps it is 99 below that of the shorter, or the longer, one. So the double
     of the best one, or its half, is better than it. A step of 16 or more is warned of.
@@ -1365,7 +1366,7 @@ def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
         warnings.simplefilter("always")
         step = init_lora_da(model, [x, None], loss_fn)
     assert loss_at(step) == least - 99 * (step > 0)
-    assert len(tried) <= 12
+    assert len(tried) <= (14 if 0 in falls else 11)
     assert model[0].delta_weight().item() == pytest.approx(step * full)
     assert len(heard) == (step >= 16)
 
