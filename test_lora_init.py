@@ -1321,7 +1321,6 @@ def test_the_step_is_the_best_of_the_grid_on_the_batch_held_out(init, seed):
         assert near(found, expected)
 
 
-@settings(max_examples=300)
 @given(
     st.integers(0, 11).flatmap(lambda n: st.lists(st.integers(0, 1), min_size=n, max_size=n)),
     st.integers(1, 12),
