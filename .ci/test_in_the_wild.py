@@ -348,7 +348,9 @@ def test_the_results_on_the_page_are_those_of_the_committed_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = PAGE.split("\n## Results")[1].split("\n## The toy")[0]
-    numbers = re.findall(r"[−+]\d\.\d{4} ± \d\.\d{4}|\d\.\d{4}", results.replace("\n", " "))
+    numbers = re.findall(
+        r"[−+]\d\.\d{4} ± \d\.\d{4}|(?<!\d)\d\.\d{4}(?!\d)", results.replace("\n", " ")
+    )
     assert len(numbers) > 50
     for number in numbers:
         assert number in done.stdout, number

@@ -22,7 +22,7 @@ T_95 = T_95_OF_TEN | {
     **{11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110},
     **{19: 2.101, 20: 2.093, 21: 2.086, 22: 2.080, 23: 2.074, 24: 2.069},
 }  # by the number of differences
-DEFAULT_FIT = {"small": 5}  # batches; 60 for other tasks
+DEFAULT_FIT = {"small": 5, "smollm2": 12}  # batches; 60 for other tasks
 STYLES = {  # one colour a method in all figures, and a marker and a dash for grey ones
     "lora": ("black", "o", "-"),
     "lora_da": ("C3", "D", "-"),
@@ -36,7 +36,6 @@ STYLES = {  # one colour a method in all figures, and a marker and a dash for gr
 }
 FIGURES = {  # file: task, updates, methods
     "transformer.svg": ("small", 50, ["lora", "lora_da", "hrp", "cntlora"]),
-    "smollm2.svg": ("smollm2", 100, ["lora", "lora_da", "pissa", "lora_ga", "eva"]),
 }
 Run = dict  # one line of a file
 Cell = dict[tuple, Run]  # runs by (pre-training seed, seed)
