@@ -145,6 +145,8 @@ def damping_unit(unit: str, Z: Tensor, mean: Tensor) -> Tensor:
     """What damping 1 adds to Z's diagonal."""
     if unit == "centred":  # E‖x − x̄‖²/in
         return Z.diagonal().mean() - mean.square().mean().to(Z)
+    if unit == "bulk":  # the mean of the diagonal without a dominant direction; exact for Z = I
+        return (Z.trace() - Z.norm()) / (len(Z) - math.sqrt(len(Z)))
     if unit == "median":
         return torch.linalg.eigvalsh(Z).median()
     return Z.diagonal().mean()
@@ -428,11 +430,11 @@ def run_start(
     """All runs of one start at one seed that are not done yet."""
     fields = settings(method, args) | {"seed": seed}
     missing = []
-    for freeze_A, rate in itertools.product(args.settings, args.rates):
-        lr = rate if freeze_A else rate * demo.TRAINED_RATE
-        run = fields | {"freeze_A": freeze_A, "rate": lr}
-        if json.dumps(run) not in done:
-            missing.append(run)
+    for freeze_A in args.settings:
+        for rate in args.rates if freeze_A else args.trained_rates:
+            run = fields | {"freeze_A": freeze_A, "rate": rate}
+            if json.dumps(run) not in done:
+                missing.append(run)
     if not missing:
         return
     adapters = lora_init.lora_layers(task.model).values()
@@ -535,14 +537,15 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--updates", type=int, help="the start's cost included; 50 or, with --model, 400")
     add("--train-batches", type=int, help="few data: so many batches, over and over")
     add("--fit", type=int, help="batches that a start is fitted to; 5 or, with --model, 60")
-    add("--rates", default="0.02,0.04,0.08,0.16,0.32", help="A frozen; A trained takes a quarter")
+    add("--rates", default="0.02,0.04,0.08,0.16,0.32", help="with A frozen")
+    add("--trained-rates", help="with A trained; else a quarter of --rates")
     add("--settings", default="frozen,trained", help="of A")
     add("--seeds", default="0,1,2,3", help="of the batches and of the starts")
     add("--pretrain-seed", type=int, default=0, help="of the small transformer")
     add("--pretrain-updates", type=int, default=1500, help="of the small transformer")
     add("--damping", type=float, default=1.0, help="of lora_da and reduced_rank")
     add("--damping-y", type=float, help="of Y; else --damping")
-    add("--unit", default="mean", choices=["mean", "centred", "median"], help="of Z's damping")
+    add("--unit", default="mean", choices=["mean", "bulk", "centred", "median"], help="of Z's damping")
     add("--cost", type=int, help="updates that a start costs; else from costs.json")
     add("--costs", help="the model in costs.json; else the task")
     add("--held-out", type=int, default=demo.HELD_OUT_TOKENS, help="tokens to develop and to test")
@@ -556,6 +559,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     args.costs = args.costs or args.task
     args.methods = args.methods.split(",")
     args.rates = [float(rate) for rate in args.rates.split(",")]
+    if args.trained_rates:
+        args.trained_rates = [float(rate) for rate in args.trained_rates.split(",")]
+    else:
+        args.trained_rates = [demo.learning_rate(rate, freeze_A=False) for rate in args.rates]
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     args.settings = [setting == "frozen" for setting in args.settings.split(",")]
     unknown = set(args.methods) - set(METHODS)
