@@ -26,7 +26,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the matrices are small: threads wait
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
@@ -1164,6 +1164,20 @@ def test_a_layer_that_passes_no_gradient_on_is_named_where_gradients_are_taken(c
     assert model[0].lora_B.any()
 
 
+def test_a_module_that_is_no_linear_layer_may_stop_gradients():
+    """As a codebook or a memory does, on purpose: G is still autograd's."""
+
+    class Stop(nn.Module):
+        def forward(self, x):
+            return x.detach()
+
+    model = nn.Sequential(nn.Linear(3, 3), Residual(Stop())).double()
+    batch = batches_of(9)[0]
+    (G,) = torch.autograd.grad(mean_loss(model, batch), model[0].weight)
+    add_lora(model, 2)
+    assert near(collect(model, [batch], mean_loss)["0"].gradient, G)
+
+
 @pytest.mark.parametrize("mask", [torch.ones(5), torch.ones(5, 2), -1e9 * torch.eye(2, 5), [1]])
 def test_a_mask_that_does_not_fit_or_is_added_to_logits_is_refused(mask):
     """(5, 2) has as many numbers as (2, 5), but it would pick other rows."""
@@ -1327,6 +1341,7 @@ def test_the_step_is_the_best_of_the_grid_on_the_batch_held_out(init, seed):
     st.sampled_from([math.nan, math.inf]),
     st.sampled_from([math.floor, math.ceil]),
 )
+@example(11 * [1], 12, math.nan, math.floor)  # the longest step is the best one
 def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
     falls, broken, nothing, neighbour
 ):

@@ -330,6 +330,24 @@ def test_the_readmes_python_prints_what_the_readme_says(block, tmp_path):
     assert printed == expected
 
 
+@pytest.mark.parametrize("budget", [None, 9])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_the_pages_recipe_for_peft_keeps_the_function(options, budget, tmp_path):
+    """With equal ranks and with a rank budget: the adapter that PEFT saves gives the same y."""
+    peft = pytest.importorskip("peft")
+    (block,) = [code for code, _ in BLOCKS if "def to_peft" in code]
+    page = {}
+    exec(block.split("\nx = ")[0], page)
+    model = page["pretrained"]()
+    x = torch.randn(64, 16)
+    adapters = add_lora(model, rank=2, alpha=6)
+    init_cntlora(model, [x], lambda model, x: model(x), rank_budget=budget, step=1)
+    expected = model(x)
+    page["to_peft"](model, adapters, **options).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(page["pretrained"](), tmp_path)
+    assert near(loaded(x), expected, 1e-5)
+
+
 @pytest.mark.skipif(not PAGE, reason="README.md is not here")
 def test_the_page_shows_every_output_and_selects_tests_that_exist():
     """A test is selected by words of its name: `-k words`."""

@@ -545,7 +545,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--pretrain-updates", type=int, default=1500, help="of the small transformer")
     add("--damping", type=float, default=1.0, help="of lora_da and reduced_rank")
     add("--damping-y", type=float, help="of Y; else --damping")
-    add("--unit", default="mean", choices=["mean", "bulk", "centred", "median"], help="of Z's damping")
+    add(
+        "--unit",
+        default="mean",
+        choices=["mean", "bulk", "centred", "median"],
+        help="of Z's damping",
+    )
     add("--cost", type=int, help="updates that a start costs; else from costs.json")
     add("--costs", help="the model in costs.json; else the task")
     add("--held-out", type=int, default=demo.HELD_OUT_TOKENS, help="tokens to develop and to test")

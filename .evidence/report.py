@@ -22,7 +22,7 @@ T_95 = T_95_OF_TEN | {
     **{11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145, 16: 2.131, 17: 2.120, 18: 2.110},
     **{19: 2.101, 20: 2.093, 21: 2.086, 22: 2.080, 23: 2.074, 24: 2.069},
 }  # by the number of differences
-DEFAULT_FIT = {"small": 5, "smollm2": 12}  # batches; 60 for other tasks
+DEFAULT_FIT = {"small": 5, "fine": 5, "smollm2": 12}  # batches, in short jobs; 60 in others
 STYLES = {  # one colour a method in all figures, and a marker and a dash for grey ones
     "lora": ("black", "o", "-"),
     "lora_da": ("C3", "D", "-"),
@@ -61,7 +61,8 @@ def read(files: list[Path]) -> dict[tuple, dict[str, Row]]:
 def label(run: Run) -> str:
     """The method, and what differs from its defaults."""
     words = [run["method"]]
-    if run["fit"] not in (None, DEFAULT_FIT.get(run["task"], 60)):
+    default = DEFAULT_FIT.get(run["task"], 60) if run["updates"] <= 200 else 60
+    if run["fit"] not in (None, default):
         words.append(f"fit {run['fit']}")
     if run["damping"] is not None:
         if run["unit"] != "mean":
