@@ -38,7 +38,7 @@ class Scene:
     rows: dict[str, Tensor]  # (draws, columns) each
     curves: dict[str, Tensor] | None = None  # (draws, updates + 1) each, drawn instead of the rows
     floor: float = 0.0  # of a logarithmic y axis; 0 makes the axis linear
-    color: str = "black"  # of the curves, where they are all of one start
+    color: str = "black"  # of the curves, if they are all of one start
     no_adapter: float = 1.0  # what BA = 0 gives, in every column
 
 
@@ -72,7 +72,7 @@ def share_missing(delta: Tensor, BA: Tensor) -> Tensor:
 def share_out_of_reach(delta: Tensor, A: Tensor) -> Tensor:
     """min_B ‖Δ − BA‖² / ‖Δ‖² of each draw: what the best B leaves missing at a frozen A.
 
-    The best BA is ΔP, where P = A⁺A projects on the row space of A. Its basis does not matter.
+    The best BA is ΔP, where P = A⁺A projects onto A's row space. A's basis does not matter.
     """
     return share_missing(delta, delta @ linalg.pinv(A) @ A)
 
@@ -90,7 +90,7 @@ def train(
     """B and A (updates + 1, draws, …) after 0, 1, 2, … updates of Adam.
 
     The loss is ½ E‖(Δ − BA)x‖² = ½ tr((Δ − BA) Z (Δ − BA)ᵀ), summed over the draws. Adam treats
-    every number by itself, so that no draw sees another.
+    each entry by itself, so that no draw sees another.
     """
     B = start_B.clone().requires_grad_()
     A = start_A.clone().requires_grad_(train_A)
@@ -122,8 +122,8 @@ def new_task(draws: int) -> Scene:
     not do here: these labels have no noise, so that g² holds nothing but signal (`lora_da`,
     Guarantee). Gradient SVD assumes Z = I, and therefore takes −G = ΔZ for Δ.
 
-    Adam moves every entry of A and B alike. So the curves depend not only on BA and on A's row
-    space, but also on the basis in which a start returns them.
+    Adam moves all entries of A and B by about as much. So the curves depend not only on BA and on
+    A's row space, but also on the basis in which a start returns them.
     """
     n_out = 24
     n_in = 32
@@ -162,7 +162,7 @@ def new_task(draws: int) -> Scene:
             f"The labels changed and the inputs did not. The table shows the share of Δ (rank {r}) "
             "that is missing while Adam trains B and A, and the share that the best B leaves "
             f"missing if the first A is frozen. cond Z = 300, exact moments, means of {draws} "
-            f"draws. The {preheating} updates for which HRP has preheated are not counted."
+            f"draws. HRP's {preheating} updates of preheating are not counted."
         ),
         lesson=(
             "LoRA-DA starts at the exact answer. Rounding leaves a tiny gradient, and Adam, which "
@@ -181,8 +181,8 @@ def new_task(draws: int) -> Scene:
 def few_noisy_rows(draws: int) -> Scene:
     """Bias against variance: y = Δx + ε, with noise ε of variance σ² and W = 0, in N rows.
 
-    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, damped by 1e-3, and Y = 1/σ² is known. A
-    spans the lowest eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − DᵀD. B is then
+    The rows give G = −Σ y xᵀ / (Nσ²) and Z = Σ x xᵀ / N, and Y = 1/σ² is known; Z and Y are damped
+    by 1e-3. A spans the lowest eigenvectors of Ω = variance·(1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − DᵀD. B is then
     fitted by least squares at this A: the estimate under "A frozen" in `lora_da`, not the one of
     its parts 1 to 3.
     """
@@ -215,7 +215,7 @@ def few_noisy_rows(draws: int) -> Scene:
         title="Few, noisy rows",
         setting=(
             "Bias against variance: the error of LoRA-DA's A by the weight of its variance term, "
-            "where B is fitted to the N rows by least squares, as the paper fits it. "
+            "with B fitted to the N rows by least squares, as in the paper. "
             f"Rank Δ = {r}, noise σ = {sigma}, means of {draws} draws."
         ),
         lesson=(
@@ -233,7 +233,7 @@ def few_noisy_rows(draws: int) -> Scene:
 
 
 def how_hot_to_preheat(draws: int) -> Scene:
-    """HRP by its rank R and its updates, where Δ is of rank r plus noise and Z = I.
+    """HRP by its rank R and its updates, if Δ is of rank r plus noise and Z = I.
 
     At a frozen A the best B leaves min_B ‖Δ − BA‖². No A leaves less than the top r right singular
     vectors of Δ (Eckart–Young). What they leave is the unit here. Preheating at R = in until it
@@ -283,7 +283,7 @@ def how_hot_to_preheat(draws: int) -> Scene:
 
 
 def new_domain(draws: int) -> Scene:
-    """The inputs changed: x_f = S x_p with S = Sᵀ ≻ 0. The function did not; no label is needed.
+    """The inputs changed, x_f = S x_p with S = Sᵀ ≻ 0, but the function did not: no label needed.
 
     S − I has rank 4, and ΔW = W(S⁻¹ − I) undoes the shift. With Z_f = S Z_p S = L Lᵀ, the error
     that BA leaves is E‖(W + BA)x_f − W x_p‖² = ‖(ΔW − BA)L‖².
@@ -301,7 +301,7 @@ def new_domain(draws: int) -> Scene:
     delta = W @ linalg.inv(S) - W  # (draws, out, in)
 
     def errors(Z_p: Tensor, known: bool) -> Tensor:
-        """The error of each draw (draws, ranks), where CNTLoRA is given Z_p or is not."""
+        """The error of each draw (draws, ranks), with or without Z_p given to CNTLoRA."""
         Z_f = S @ Z_p @ S  # (draws, in, in)
         L = linalg.cholesky(Z_f)  # (draws, in, in)
         moments = [Z_f, Z_p] if known else [Z_f]
@@ -355,7 +355,7 @@ def print_scene(number: int, scene: Scene) -> None:
 
 
 def plot_scenes(scenes: dict[int, Scene], file: str) -> None:
-    """One panel a scene, with its legend below it."""
+    """One panel per scene, with its legend below it."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -372,7 +372,7 @@ def plot_scenes(scenes: dict[int, Scene], file: str) -> None:
 
 
 def plot_scene(panel: Any, scene: Scene) -> None:
-    """The curves of a scene, with about five markers each, and the line of no adapter."""
+    """The curves of a scene, with about five markers each, and a line for no adapter."""
     curves = scene.curves or scene.rows
     for number, (name, values) in enumerate(curves.items()):
         draws, points = values.shape
@@ -410,15 +410,15 @@ def main() -> None:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
 
-    if hasattr(sys.stdout, "reconfigure"):  # in a notebook it has not
-        sys.stdout.reconfigure(errors="replace")  # a file on Windows may have no Δ
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")  # a file on Windows may not encode Δ
     torch.set_num_threads(1)  # two threads that share their cores with others wait for each other
     torch.set_default_dtype(torch.float64)
     print(f"torch {torch.__version__}, one thread, seed {args.seed}")
     draws = 2 if args.fast else 20
     scenes = {}
     for number in [args.scene] if args.scene else SCENES:
-        torch.manual_seed(args.seed)  # a scene gives the same numbers alone
+        torch.manual_seed(args.seed)  # so a scene run alone gives the same numbers
         scenes[number] = SCENES[number](draws)
         print_scene(number, scenes[number])
     if args.plot:

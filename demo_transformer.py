@@ -3,8 +3,8 @@
 """Does a data-driven start help? LoRA on a language model, at equal cost and at every rate.
 
 By default a small transformer with bytes as tokens is pre-trained on the source of Python's
-standard library and fine-tuned on Python's language reference: every Python carries both. On a GPU
-it is larger. `--model` takes a causal language model of Hugging Face instead. What a start costs is
+standard library and fine-tuned on Python's language reference: both come with Python. On a GPU it
+is larger. `--model` takes a causal language model of Hugging Face instead. What a start costs is
 taken off its training. Development text chooses each start's best rate, and test text gives the
 losses that are reported.
 
@@ -63,7 +63,7 @@ HUGGING_FACE = {
     "updates": 400,
 }
 SETTINGS = {True: "A frozen", False: "A trained"}  # freeze_A in words
-SEARCH = 6  # a start costs one update per batch fitted, and this (.evidence/cost.py)
+SEARCH = 6  # a start costs one update per batch fitted, and these (.evidence/cost.py)
 HELD_OUT_TOKENS = 8192  # of test text; half as many of development text choose the rates
 TRAINED_RATE = 1 / 4  # with A trained, the rates are those of A frozen times this
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -92,7 +92,7 @@ class Run:
     step: float  # that the start has chosen; NaN if it has none
 
 
-Runs = dict[tuple[str, bool, float], list[Run]]  # of a start, A frozen or not, a rate: by seed
+Runs = dict[tuple[str, bool, float], list[Run]]  # by start, A frozen or not, and rate
 
 
 # ---------------------------------------------------------------------------- the model
@@ -211,7 +211,7 @@ def find_start(
 ) -> float:
     """Give the adapters a start's factors; returns the step that it has chosen, NaN if it has none.
 
-    It looks at the batches that its training would begin with, as many as it costs.
+    It looks only at batches that its cost takes off the training: the first ones.
     """
     torch.manual_seed(seed)
     for adapter in lora_layers(task.model).values():
@@ -307,8 +307,8 @@ def compare_all(task: Task, args: argparse.Namespace, done: Tensor) -> Runs:
     if DEVICE.type == "cuda":
         by_seed = [compare(task, seed, args, Progress(done[seed])) for seed in range(args.seeds)]
     else:
-        # Tensors that are sent to processes share their memory there, which is meant for `done`.
-        # Bytes do not: each process has to train adapters of its own.
+        # Tensors that are sent to processes share their memory there, as `done` has to. Bytes do
+        # not: each process has to train adapters of its own.
         content = pickle.dumps(task)
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no child hears Ctrl-C
@@ -327,7 +327,7 @@ def compare_all(task: Task, args: argparse.Namespace, done: Tensor) -> Runs:
 
 
 def show_time_left(done: Tensor, args: argparse.Namespace) -> None:
-    """Every 20 seconds a line with the time left for all that is to come, in all processes.
+    """Print the time left, over all processes, every 20 seconds.
 
     `done` counts updates: of pre-training first, then of each seed.
     """
@@ -369,7 +369,7 @@ def difference(ours: list[Run], plain: list[Run]) -> tuple[float, float]:
 
 
 def verdict(gap: float, half: float) -> str:
-    """The difference in words. It is clear if the interval leaves out 0."""
+    """The difference in words. It is clear if the interval excludes 0."""
     if gap < -half:
         return "clearly lower"
     if gap > half:
@@ -488,11 +488,11 @@ def parse_args() -> argparse.Namespace:
     args.trainings = len(args.starts) * len(SETTINGS) * len(args.rates)  # of each seed
     args.processes = 1 if DEVICE.type == "cuda" else min(args.seeds, os.cpu_count())
     if not {"lora"} <= set(args.starts) <= set(STYLES):
-        parser.error(f"--starts are some of {','.join(STYLES)}, and lora is among them")
+        parser.error(f"--starts must be some of {','.join(STYLES)}, lora among them")
     if not 1 <= args.seeds <= max(T_95):
         parser.error(f"--seeds is not in 1..{max(T_95)}")
     if args.fit + SEARCH >= args.updates:
-        parser.error("a start costs more than --updates: give more, or fit to fewer batches")
+        parser.error("a start costs all --updates or more: give more, or fit to fewer batches")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     return args
@@ -506,7 +506,7 @@ def make_task(args: argparse.Namespace, progress: Progress) -> Task:
         model, tokenizer = hugging_face(args)
     else:
         model, old = pretrained(args, progress=progress)
-    documents = new_documents(args.text)  # 8, 1 and 1 of ten train, choose and test
+    documents = new_documents(args.text)  # of ten, 8 train, 1 chooses and 1 tests
     parts = [[d for i, d in enumerate(documents) if i % 10 < 8], documents[8::10], documents[9::10]]
     train_rows, dev_rows, test_rows = [sequences(p, tokenizer, args.context) for p in parts]
     held_out = args.held_out // (args.batch * args.context)

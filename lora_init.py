@@ -11,7 +11,7 @@ LoRA [1] fine-tunes a frozen weight W through two thin factors:    y = W x + b +
     ΔW delta_weight  (out, in)   s·B A            G  gradient       (out, in)  E[g xᵀ]
     Δ                (out, in)   the change that is needed;  D  our estimate of it
     Ω  omega         (in, in)    LoRA-DA's guidance matrix: variance minus signal
-    N, M             n_train, n_fitted: rows that fine-tuning will see, rows behind the means
+    N, M             n_train, n_fitted: rows that fine-tuning will see, rows averaged here
     R  preheat_rank  HRP's high rank              T  monge_map      (in, in)   CNTLoRA's map
 
 E is the mean over rows, p the model's probability of a row's label, and P ⊗ Q the matrix of the
@@ -19,7 +19,7 @@ blocks Pᵢⱼ·Q.
 
 Plain LoRA starts at a random A and B = 0. The three algorithms look at data first:
 
-    lora_da [2]   inputs and gradients          the A of least estimated error, and one step in it
+    lora_da [2]   inputs and gradients          the A of least estimated error, and a step within it
     hrp [3]       a short high-rank training    its main directions as A, and B = 0
     cntlora [4]   inputs, no labels             the change that restores the inputs' moments
 
@@ -79,9 +79,9 @@ class LoRALinear(nn.Module):
     that the function is unchanged. A and B are made in float32 at least; the sum is rounded to y's
     dtype once, except under autocast. `alpha=None` means s = 1. `scaling` is s, a plain number: 0
     switches the adapter off. The state_dict does not hold it, so save it yourself. Further
-    arguments go on to the base layer, which has to return one tensor. TorchScript and an adapter on
-    an adapter are not supported. Raises ValueError for a rank or an alpha out of range, TypeError
-    for complex weights and for a layer without a weight, because it is packed or lazy.
+    arguments of a call go on to the base layer, which has to return one tensor. TorchScript and an
+    adapter on an adapter are not supported. Raises ValueError for a rank or an alpha out of range,
+    TypeError for complex weights and for a layer that has no weight, being packed or lazy.
     """
 
     lent: tuple[Tensor, Tensor] | None = None  # B and A that a start tries in place of its own
@@ -137,7 +137,7 @@ class LoRALinear(nn.Module):
     def base_weight(self) -> Tensor:
         """W, (out, in): gathered if FSDP has sharded it, dequantized if its class knows how.
 
-        Raises TypeError for another quantized weight and for one that is offloaded.
+        Raises TypeError for other quantized weights and for offloaded ones.
         """
         weight = self.base_layer.weight
         if hasattr(weight, "full_tensor"):
@@ -177,7 +177,7 @@ class LoRALinear(nn.Module):
         them. Raises ValueError for factors that do not fit, that hold NaN or Inf, or whose rank is
         new while FSDP shards the old ones.
         """
-        B = B.to(self.lora_B, copy=True).contiguous()  # fused optimizers and files read row by row
+        B = B.to(self.lora_B, copy=True).contiguous()  # as fused optimizers and files need it
         A = A.to(self.lora_A, copy=True).contiguous()
         if B.shape != (self.out_features, len(A)) or A.shape != (len(A), self.in_features):
             raise ValueError(
@@ -198,8 +198,9 @@ class LoRALinear(nn.Module):
                 with torch.no_grad():
                     factor.copy_(value)
             else:
-                factor.data = value.to(torch.complex64)  # only a new dtype makes autograd forget
-                factor.data = value  # the old shape, if a loss is still held
+                # If a loss is still held, only a new dtype makes autograd forget the old shape.
+                factor.data = value.to(torch.complex64)
+                factor.data = value
 
     def merged(self) -> nn.Linear:
         """A new, frozen `nn.Linear` with weight W + ΔW, rounded to W's dtype.
@@ -246,7 +247,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def _in_float32(function: Function) -> Function:
-    """Compute in float32 at least, without a graph or autocast, and refuse NaN and Inf by name."""
+    """Compute in float32 at least, without a graph or autocast; name what holds NaN or Inf."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -291,22 +292,22 @@ def lora_da(
     fine-tuning will see, and M is `n_fitted`, infinite if the means are exact. A row is one x with
     its label: in a language model, one token. Z + damping·mean(diag Z)·I and Y + damping·mean(Y)
     take the places of Z and Y throughout. Without damping Z is singular if there are fewer rows
-    than inputs. On a small language model 1, the default, trained clearly better than 10 and about
-    as well as 0.1. More damping tilts A towards directions in which the inputs are largest. The
-    unit mean(diag Z) contains the inputs' mean and outliers, and so does not mean the same in every
-    layer: if inputs share a mean of 100 standard deviations, or a few rows are huge (attention
-    sinks), most of the start's gain is lost. Centre such inputs, and let the bias make up for it;
-    mask such rows.
+    than input features. On a small language model with A frozen, damping 1, the default, trained
+    clearly better than 10 and about as well as 0.1. More damping tilts A towards directions in
+    which the inputs are largest. The unit mean(diag Z) includes the inputs' mean and outliers, so
+    the same damping acts differently from layer to layer: if inputs share a mean of 100 standard
+    deviations, or a few rows are huge (attention sinks), most of the start's gain is lost. Centre
+    such inputs, and let the bias make up for it; mask such rows.
 
     1. How well can the truth, W* = W + Δ, be found at all? Let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
        (N, in). In linear regression, y = W*x + ε with Gaussian noise of variance σᵢ² in output i,
        it is least squares: Δ̂ = Δ + εᵀX(XᵀX)⁻¹. So it is unbiased, and its row i has the covariance
-       σᵢ²(XᵀX)⁻¹ = Z⁻¹/(N·Yᵢ) with Z = XᵀX/N and Yᵢ = 1/σᵢ². In general no unbiased estimate has
-       a covariance below J⁻¹/N (Cramér–Rao), where the Fisher information J is the covariance of
-       one row's gradient of log p, averaged over the inputs. For other regular models in which
-       only one W gives the truth, √N(Δ̂ − Δ) tends to a normal variable with mean 0 and covariance
-       J⁻¹, if J is invertible (a softmax head's is not, but its diagonal part, which we use, is).
+       σᵢ²(XᵀX)⁻¹ = Z⁻¹/(N·Yᵢ) with Z = XᵀX/N and Yᵢ = 1/σᵢ². In any regular model no unbiased
+       estimate has a covariance below J⁻¹/N (Cramér–Rao), where the Fisher information J is the
+       covariance of one row's gradient of log p, averaged over the inputs. If only one W gives the
+       truth, √N(Δ̂ − Δ) tends to a normal variable with mean 0 and covariance J⁻¹, if J is
+       invertible (a softmax head's is not, but its diagonal part, which we use, is).
 
     2. What is J? Write W as one long vector, vec W, row after row. A row's gradient, g xᵀ, becomes
        g ⊗ x. At the truth its mean over labels is 0, so that J = E[(g ⊗ x)(g ⊗ x)ᵀ] = E[ggᵀ ⊗ xxᵀ];
@@ -314,15 +315,15 @@ def lora_da(
        the diagonal: J = diag(Y) ⊗ Z. Its inverse, diag(1/Y) ⊗ Z⁻¹, has the block Z⁻¹/Yᵢ for row i
        of W. We measure Y at W, since the truth is unknown. In place of 1/Yᵢ the paper has
        (E[ggᵀ]⁻¹)ᵢᵢ, which is at least as large, if it exists; its authors' default code has 1/Yᵢ,
-       as we do. Tokens of one sequence are not independent, and we treat them as if they were.
+       as we do. Tokens of one sequence are not independent, but we treat them as if they were.
 
-    3. Which A? Let AAᵀ = I, fixed before the N rows are drawn, and keep the part of Δ̂ in A's row
-       space: Ŵ = W + Δ̂AᵀA. Its error is
+    3. Which A? Fix an A with AAᵀ = I before the N rows are drawn, and keep the part of Δ̂ in A's
+       row space: Ŵ = W + Δ̂AᵀA. Its error is
            Ŵ − W* = (Δ̂ − Δ)AᵀA − Δ(I − AᵀA).
        The first term is noise, the second bias. They are orthogonal, as AᵀA(I − AᵀA) = 0. Let
        ‖·‖² be the sum of squares, here and below. Then, as ‖ΔAᵀA‖ = ‖ΔAᵀ‖,
            ‖Ŵ − W*‖² = ‖(Δ̂ − Δ)Aᵀ‖² + ‖Δ‖² − ‖ΔAᵀ‖².
-       Row i of the noise has the mean square tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
+       Row i of the noise has E‖·‖² = tr(A·Z⁻¹·Aᵀ)/(N·Yᵢ), and ‖ΔAᵀ‖² = tr(A·ΔᵀΔ·Aᵀ). So
            E‖Ŵ − W*‖² = ‖Δ‖² + tr(A Ω Aᵀ),    Ω = (1/N)·Σᵢ(1/Yᵢ)·Z⁻¹ − ΔᵀΔ    (in, in),
        if the N rows have this Z, in linear regression; for other models we use it as an
        approximation for large N. The error is least if A's rows are the eigenvectors of Ω's r
@@ -337,20 +338,21 @@ def lora_da(
        vec Δ = vec(PΔQᵀ). So one natural-gradient step, D = −diag(Y)⁻¹GZ⁻¹, is Δ. For other losses
        it is an estimate. Its part within A is DAᵀA, so that B = DAᵀ.
 
-    5. Which basis? For any invertible H the factors B H⁻¹ and H A are the same start. But gradient
-       descent trains them differently unless H is orthogonal, and Adam even for most orthogonal H.
-       We take an H for which A Z Aᵀ = c·I, with c = mean(diag Z)/3. Without damping the features
-       A x are white, and on average as large as plain LoRA's. Its A has entries uniform in ±1/√in,
-       of variance 1/(3·in), so that E[aᵀZa] = tr Z/(3·in) for a row a. Damping makes Z and c
-       larger, and then features along small directions of Z stay small. This part is ours.
+    5. Which basis? For any invertible H the factors B H⁻¹ and H A have the same product. But
+       gradient descent trains them differently unless H is orthogonal, and Adam even for most
+       orthogonal H. We take an H after which A Z Aᵀ = c·I, with c = mean(diag Z)/3. Without damping
+       the features A x are white, and on average as large as plain LoRA's, whose A has entries
+       uniform in ±1/√in, of variance 1/(3·in), so that E[aᵀZa] = tr Z/(3·in) for a row a. Damping
+       makes Z and c larger, and then features along small directions of Z stay small. This part is
+       ours.
 
-    A frozen. Parts 1 to 3 project a fit of all W. The paper then fits only B, by another estimate:
-    B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no larger and its bias no smaller,
-    so another A may suit it better. Given the inputs, row i of B̂ has the covariance
+    A frozen. Parts 1 to 3 project a fit of all of W. The paper then fits only B, by another
+    estimate: B̂ = Δ̂ZAᵀ(AZAᵀ)⁻¹ by the normal equations. Its variance is no larger and its bias no
+    smaller, so another A may suit it better. Given the inputs, row i of B̂ has the covariance
     (AZAᵀ)⁻¹/(N·Yᵢ), and (AZAᵀ)⁻¹ ⪯ AZ⁻¹Aᵀ: complete A to an orthogonal matrix, and use that the
     inverse of a block is at most the block of the inverse (P ⪯ Q: Q − P has no negative
     eigenvalue). Of all B, ΔAᵀ has the least bias. If inputs are random, the part of Δx outside A
-    varies like noise, and can exceed all that Ω counts.
+    acts as noise, too, which can exceed all that Ω counts.
 
     Guarantee: with exact means, `variance=0` and `damping=0`, on a quadratic loss with the Hessian
     diag(Y) ⊗ Z, D = Δ, and BA = Δ if rank Δ ≤ r, up to rounding (in float32 0.2 to 4 % at cond Z =
@@ -363,10 +365,10 @@ def lora_da(
     unit for all of them, leaves BAx as it is; a new unit for one of them can change it, if BA ≠ Δ.
 
     The authors' code has other scales: it divides D by its largest singular value and, at the end,
-    A and B by √γ = 32; its weight of the variance is 0.03, with N in sequences and Y from losses
-    averaged over each sequence; it damps with 1e-6·I in any units.
+    A and B by 32 (its √γ); its weight of the variance is 0.03, with N in sequences and Y from
+    losses averaged over each sequence; it damps with 1e-6·I, whatever the units.
 
-    Cost: O(in³ + out·in²), half of it the eigenvectors if out = in. Raises ValueError for
+    Cost: O(in³ + out·in²), about half for the eigenvectors if out = in. Raises ValueError for
     moments that do not fit, for numbers out of range and for inputs or gradients that are all 0;
     LinAlgError for a singular Z, unless rounding hides it, and for a Yᵢ of 0 without
     damping: give more rows or more damping.
@@ -394,7 +396,7 @@ def lora_da(
 
 
 def _damped(moment: Tensor, damping: float) -> Tensor:
-    """The moment C + damping·mean(diag C)·I: the term grows with C, whatever unit all of x has."""
+    """C + damping·mean(diag C)·I for a moment C: the added term is in the units of C."""
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping {damping} is not in [0, ∞)")
     if not moment.any():
@@ -417,28 +419,28 @@ def white_basis(B: Tensor, A: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
 def hrp(B_high: Tensor, A_high: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """High-Rank Preheating [3]: the main directions of a short training at a higher rank.
 
-    Takes B_high (out, R) and A_high (R, in), trained for a few updates. Returns B = 0 (out, r) and
-    A (r, in) with AAᵀ = I: the function is unchanged, only the directions are new.
+    Takes B_high (out, R) and A_high (R, in) after a few updates. Returns B = 0 (out, r) and A
+    (r, in) with AAᵀ = I: the function is unchanged, only the directions are new.
 
     1. Which A would be best? Let Δ be the change that is needed and ‖Δ − BA‖² the loss: least
        squares with Z = I. At a frozen A with AAᵀ = I the best B is ΔAᵀ, which leaves
        ‖Δ‖² − ‖ΔAᵀ‖². That is least if A holds the top r right singular vectors of Δ
        (Eckart–Young). But Δ is unknown.
 
-    2. What does preheating find? In the ideal case, B_high is trained at a random, frozen A_high
-       until it converges; a few Adam updates need not come near to it. Then the normal equations
+    2. What does preheating find? Ideally B_high is trained at a random, frozen A_high until it
+       converges (a few Adam updates need not come near to that). Then the normal equations
        (Δ − B_high·A_high)·A_highᵀ = 0 hold: B_high = ΔA_highᵀ(A_high·A_highᵀ)⁻¹, and the product is
-       B_high·A_high = ΔP, where P = A_highᵀ(A_high·A_highᵀ)⁻¹A_high projects on the rows of A_high.
-       If rank ΔP ≥ r, the product's top r right singular vectors lie within their span, and for
-       every A within it ‖ΔPAᵀ‖ = ‖ΔAᵀ‖: so they are the best A within that span.
+       B_high·A_high = ΔP, where P = A_highᵀ(A_high·A_highᵀ)⁻¹A_high projects onto the span of
+       A_high's rows. If rank ΔP ≥ r, the product's top r right singular vectors lie in this span,
+       and for every A in it ‖ΔPAᵀ‖ = ‖ΔAᵀ‖: so they are the best A in this span.
 
-    3. Why at a high rank? A span that contains another one holds an A that is as good or better.
+    3. Why at a high rank? A span that contains another one holds an A that is at least as good.
        With R = in it holds the best of all; `init_hrp` stops at R = min(out, in). Below R = in,
        spans that are drawn independently do not contain each other. But the first R rows of a
        larger random A_high are distributed as a smaller one, so that a higher rank helps on
        average, not in every draw.
 
-    4. How, without forming the product? Let A_highᵀ = Q K, with K triangular. The product is
+    4. How, without forming the product? Let A_highᵀ = Q K be its QR decomposition. The product is
        (B_high Kᵀ) Qᵀ. If B_high Kᵀ = U Σ Vᵀ, the product's right singular vectors are the columns
        of Q V.
 
@@ -518,15 +520,15 @@ def cntlora(
        (5) is √c times this A. If B and A took Σ^½ each, ΔW = 0 would make both of them 0. Then
        both gradients, GAᵀ and BᵀG, would vanish, and training could not start.
 
-    Guarantee, for the damped moments: the moments of Wx match at r = min(in, out); Z_p = Z_f gives
-    ΔW = 0 up to rounding, and A is then arbitrary. With `damping=0` and Z_p given, a shift x_f = S
-    x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then T = S⁻¹,
-    as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank r at most. With
+    Guarantee, for the damped moments: the outputs' match (part 1) at r = min(in, out); Z_p = Z_f
+    gives ΔW = 0 up to rounding, and A is then arbitrary. With `damping=0` and Z_p given, a shift
+    x_f = S x_p with a symmetric, positive definite S and rank(S − I) ≤ r is undone exactly: then
+    T = S⁻¹, as S⁻¹Z_fS⁻¹ = Z_p (`monge_map` 3), and W(S⁻¹ − I) = −WS⁻¹(S − I) has rank ≤ r. With
     damping the largest shifts are usually undone only in part. If S changes the mean of diag Z, T
-    rescales all other directions, too, shifted or not, and small shifts can be overdone. A rotation
-    of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²), two to
-    three times that of `lora_da` if out = in. Raises as `lora_da` does, and what torch raises for
-    matrices that do not fit.
+    rescales all other directions, too, shifted or not, and small shifts can be overcorrected. A
+    rotation of white inputs leaves no trace in the moments and is not seen. Cost: O(in³ + out·in²),
+    two to three times that of `lora_da` if out = in. Raises as `lora_da` does, and what torch
+    raises for matrices that do not fit.
     """
     _check_rank(rank, *weight.shape)
     Z_f = _damped(input_moment, damping)
@@ -549,8 +551,8 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
     """Ranks {name: r ≥ 1} that sum to `budget` and minimise the squared singular values left out.
 
     `spectra` holds the singular values of each layer, largest first. Each layer gets one rank, and
-    the rest go to the largest values left over. Each spectrum is sorted, so a layer's ranks are
-    always its largest values. Raises ValueError for a budget out of range and for NaN or Inf.
+    the rest go to the largest values left over. Each spectrum is sorted, so a layer always keeps
+    its largest values. Raises ValueError for a budget out of range and for NaN or Inf.
     """
     others = []
     for name, spectrum in spectra.items():
@@ -573,28 +575,27 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 #
 # What a loss has to be. `loss_fn(model, batch)` returns the MEAN of −log p over the rows of a
 # batch. A row's g is the gradient at the layer's output times the number of rows that the layer
-# sees in the batch, over all its calls, counting only rows that the mask keeps. So for one batch G
-# is ∂loss/∂ΔW, as autograd would compute it, less the part of the rows that are masked. It follows
-# that
+# sees in all its calls for this batch and that the mask keeps. So for one batch G is ∂loss/∂ΔW, as
+# autograd would compute it, less the masked rows' part. It follows that
 #
-# - `F.mse_loss` is not such a mean: for noise of variance v, −log p is half the sum of squares
-#   divided by v; take the residuals' variance as v;
+# - `F.mse_loss` is rarely such a mean: for noise of variance v, −log p is half the sum of squares
+#   divided by v, plus a constant; take the residuals' variance as v;
 # - a loss times c has c·G and c²·Y, so that D is divided by c, and the search of `init_lora_da`
-#   makes up for it only roughly. The same holds if the loss is a mean over sequences of n tokens:
-#   the step is n times too short if each token has a label, about n times if a sequence has one
-#   and its tokens are independent with mean 0;
+#   makes up for it only roughly. The same holds if the loss sums over the n tokens of a sequence
+#   and takes the mean over sequences: the step is n times too short; about n times, too, if a
+#   sequence has one label and its tokens' gradients are independent with mean 0;
 # - Hugging Face divides by the number of labels other than −100 in each batch, while rows are all
 #   tokens that the mask keeps. If prompts have the label −100, G is exact with the attention mask
 #   as `mask_fn` and `model(**batch, num_items_in_batch=int(batch["attention_mask"].sum())).loss`,
 #   provided that the model heeds that number, as Llama, GPT-2 and ModernBERT do; T5, BART, BERT
 #   and Whisper do not (transformers 5.24);
 # - a layer that is called k times on the same rows, for example if it is shared across depth,
-#   counts them k times: its step is then too short, k times if the gradients of its calls are
-#   independent, and more if they oppose each other.
+#   counts them k times: its step is then k times too short if the gradients of its calls are
+#   independent, less if they agree, and more if they oppose each other.
 #
 # Wrong, and not noticed:
 #
-# - layers that see a part of the rows (experts): their step comes out too long;
+# - layers that see only a part of the rows (experts): their step comes out too long;
 # - a layer whose weight is also read elsewhere: G counts only its calls;
 # - a loss that differentiates inside (forces, gradient penalties): G lacks a part of ∂loss/∂W;
 #   the search notices it only if loss_fn does not enable gradients itself;
@@ -605,16 +606,16 @@ def allocate_ranks(spectra: dict[str, Tensor], budget: int) -> dict[str, int]:
 # - a mask of (sequences, tokens) while layers see (tokens, sequences), if the two numbers are
 #   equal;
 # - rows of another kind than the rest: mask attention sinks (in many language models the first
-#   token), whose huge inputs otherwise fill Z.
+#   token), whose huge inputs otherwise dominate Z.
 
-LossFunction = Callable[[nn.Module, Any], Any]  # of the model and a batch; a scalar tensor
-MaskFunction = Callable[[Any], Tensor]  # of a batch
+LossFunction = Callable[[nn.Module, Any], Any]  # takes the model and a batch; gives a scalar
+MaskFunction = Callable[[Any], Tensor]  # takes a batch
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # B and A of each adapter by its name
 NOT_REACHED = (
-    "no row reached it, or no gradient. Are there batches and labels that count, does loss_fn call "
-    "the model, does that call this layer as a module, in eval mode, too, does mask_fn keep rows, "
-    "are checkpoints not reentrant, are gradients not too small to square, and do the layers that "
-    "follow pass them on (bitsandbytes' 4-bit layers on a CPU: call model.state_dict() first)?"
+    "no row reached it, or no gradient. Check that there are batches with labels not ignored; that "
+    "loss_fn calls the model, which calls this layer as a module, in eval mode, too; that mask_fn "
+    "keeps rows, checkpoints are not reentrant, and gradients not too small to square; and that "
+    "later layers pass them on (bitsandbytes' 4-bit ones on a CPU: call model.state_dict() first)"
 )
 
 
@@ -622,8 +623,8 @@ class Statistics:
     """Means over `count` rows x of one layer's input and the gradients g at its output.
 
     `input_moment` is Z = E[x xᵀ]; `gradient` G = E[g xᵀ] and `output_fisher` Y = E[g²] are empty
-    after forward passes only. While batches come in they are sums, not yet means. They live on the
-    device of the adapter's A.
+    if there was no backward pass. While batches come in, all three are sums, not yet means. They
+    live on the device of the adapter's A.
     """
 
     def __init__(self, layer: nn.Module, backward: bool):
@@ -677,27 +678,26 @@ def collect_statistics(
     """The `Statistics` of linear layers of the model, in eval mode and with our adapters off.
 
     `layers` are plain linear layers, or adapters (ours, PEFT's) that hold one as `base_layer`;
-    PEFT's stay on. A batch takes one forward and one backward pass, in which no weight needs a
+    PEFT's stay on. Each batch takes one forward and one backward pass, in which no weight needs a
     gradient; with `backward=False` it takes a forward pass only, and `loss_fn` may return anything.
     What `loss_fn` has to return stands at the head of this part of the file. It gets your model
     itself, must leave the batch as it was, and may not change an adapter's `scaling` for good. What
-    a call changes in the model beyond that, such as a memory that it updates, is not undone.
-    Afterwards modes, adapters and every `.grad` are as before. Eval mode turns Hugging Face's
-    checkpointing off: to keep it, let `loss_fn` call `model.train()` first (dropout is then on,
-    too).
+    else it changes in the model, such as a cache that a call updates, is not undone. Afterwards
+    modes, adapters and every `.grad` are as before. Eval mode turns Hugging Face's checkpointing
+    off: to keep it, let `loss_fn` call `model.train()` first (dropout is then on, too).
 
     `mask_fn(batch)` is true for the rows that count. It has the leading shape of the layers'
-    inputs, (sequences, tokens), also if a model flattens these two. There is one mask for all
-    layers: if an encoder and a decoder pad differently, adapt one of them, or go without a mask.
+    inputs, (sequences, tokens), even if a model flattens these two. There is one mask for all
+    layers: if encoder and decoder pad differently, adapt only one of them, or go without a mask.
 
     Memory: in² + out·in + out numbers per layer (in² without backward) and, during a batch, the
-    inputs and output gradients of all these layers. With torch.distributed every process passes
-    other batches and gets the means over all; if one of them fails, the others wait. Nested
+    inputs and output gradients of all these layers. With torch.distributed every process passes its
+    own batches and gets the means over all; if one process fails, the others wait. Nested
     tensors, inputs of a Tensor subclass and `vmap` around the model are not supported. In float16,
     gradients at y below 3e-8 become 0, which can be most of them if a batch has many rows; bfloat16
     keeps them. Raises ValueError for a loss that is no finite scalar with a gradient, a mask that
-    does not fit, an input changed in place that autograd lets pass, a linear layer that passes no
-    gradient on, NaN or Inf, or a layer that no row reached.
+    does not fit, an in-place change of an input that autograd lets pass, a linear layer that passes
+    no gradient on, NaN or Inf, or a layer that no row reached.
     """
     statistics = {name: Statistics(layer, backward) for name, layer in layers.items()}
     recorded = _recorded(layers, backward)
@@ -743,7 +743,7 @@ def _recorded(layers: Mapping[str, nn.Module], backward: bool) -> Iterator[list[
         x = [*args, *kwargs.values()][0]
         edge = None
         if backward:
-            y.requires_grad_()  # if all before it is frozen, the graph starts here
+            y.requires_grad_()  # if everything before it is frozen, the graph starts here
             edge = torch.autograd.graph.get_gradient_edge(y)
             if y.is_leaf or y._is_view():
                 y = y.clone()  # which the model may change in place
@@ -761,7 +761,7 @@ def _recorded(layers: Mapping[str, nn.Module], backward: bool) -> Iterator[list[
 def _add_calls(
     statistics: Mapping[str, Statistics], calls: list[_Call], mask: Tensor | None
 ) -> None:
-    """Add the calls of one batch: of each layer, the rows of all its calls count together."""
+    """Add the calls of one batch: for each layer, the rows of all its calls count together."""
     rows = collections.Counter()
     for call in calls:
         rows[call.name] += call.x[..., 0].numel() if mask is None else int(mask.sum())
@@ -802,7 +802,7 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
 def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) -> Iterator[None]:
     """The model in eval mode, its adapters on loan: y = base_layer(x) + s·BA x with lent factors.
 
-    Afterwards, whatever happens, modes and adapters are as they were; no Parameter was exchanged or
+    Afterwards, whatever happens, modes and adapters are as they were; no Parameter was replaced or
     written to. Inside, a linear layer that passes no gradient on is refused: what comes before it
     would get a wrong gradient. So is a loss_fn that leaves another s behind.
     """
@@ -830,11 +830,11 @@ def _borrowed(model: nn.Module, factors: Factors | None = None, s: float = 0.0) 
         finally:
             for name, adapter in adapters.items():
                 adapter.scaling, adapter.lent = found[name]
-            for module, training in modes:  # outside first: a train() of its own may do more
+            for module, training in modes:  # outermost first: a module's own train() may do more
                 module.train(training)
                 if hasattr(module, "reshard"):  # FSDP's outermost module stays whole after a pass
                     module.reshard()
-            for module, training in modes:  # again, as a module with two parents has met both
+            for module, training in modes:  # again, as either parent of a shared module has set it
                 module.training = training
 
 
@@ -843,7 +843,7 @@ def _refuse_a_cut(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Any
     if torch.is_grad_enabled() and needed and not getattr(y, "requires_grad", True):
         raise ValueError(
             f"layer '{name}': this {type(layer).__name__} passes no gradient on to the layers "
-            "before it, as kernels for inference do: dequantize it, or load it in another format"
+            "before it, as inference kernels do: dequantize it, or load it in another format"
         )
 
 
@@ -861,7 +861,7 @@ def _check_loss(loss: Any) -> None:
         )
     if not loss.isfinite():
         raise ValueError(
-            f"the loss is {loss.item()}: NaN in a batch, float16, or no label that counts?"
+            f"the loss is {loss.item()}: NaN in a batch, float16, or all labels ignored?"
         )
 
 
@@ -933,7 +933,7 @@ def add_lora(
     if not found:
         raise ValueError(
             f"no linear layer is left to adapt in {type(model).__name__}, or there is no target; a "
-            "model that is one layer itself goes into LoRALinear"
+            "model that is itself a linear layer goes into LoRALinear"
         )
     for name, linear in found.items():  # all of them, before anything changes
         with _naming(name):
@@ -948,7 +948,7 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Replace every adapter inside the model by its merged linear layer, in place; returns it.
+    """Replace each adapter in the model by its merged linear layer, in place; returns the model.
 
     Raises ValueError if there is none or one is off, and TypeError for a base weight that cannot be
     read; then nothing changes.
@@ -985,22 +985,22 @@ def init_lora_da(
     `loss_fn` and `mask_fn` are those of `collect_statistics`. `n_train` is the number of different
     rows that fine-tuning will see, which are tokens in a language model; left out, it is the number
     of rows fitted here. From a long DataLoader, take the first few batches (`itertools.islice`):
-    about 20 rows per input of a layer are enough. `logging.getLogger("lora_init")` reports each
-    batch and the time left at level INFO.
+    about 20 rows per input feature of a layer are enough. `logging.getLogger("lora_init")` reports
+    each batch and the time left at level INFO.
 
     Make the optimizer afterwards. ΔW is `step`·BA of `lora_da`, one step for all layers. The
-    theory's step is 1, for a single layer without damping. With several layers that is too long,
-    because each layer by itself would remove the whole error. With damping it is too short: by a
-    factor of four if inputs are white, Y is even and damping is 1. A step of 0 keeps only A's
+    theory's step is 1, for a single layer without damping. With several layers that can be too
+    long, as each layer by itself would remove the whole error. Damping makes it too short: by a
+    factor of four if inputs are white, Y is constant and damping is 1. A step of 0 keeps only A's
     directions. With `step=None` the LAST batch is held out: D contains the fitted batches' noise,
     so on those batches too long a step looks good. The search walks downhill from 1/16 along 0, 4⁻⁸
-    … 4², tries half and twice the step at which it ends, and keeps the one with the least loss, of
-    equals the shortest. On a loss that falls and then rises this is the best of all these steps; it
-    takes six to eight forward passes as a rule, in eval mode and with the same random numbers of
-    torch for each step. A loss that draws others (NumPy's, a generator of its own) or that depends
-    on earlier calls is compared unfairly, and a small last batch chooses badly. If the search
-    returns 16 or more, there is a warning: the loss may be no mean of −log p over rows, or damping
-    has made D short.
+    … 4², tries half and twice the step at which it ends, and keeps the one with the least loss,
+    among equals the shortest. On a loss that falls and then rises this is the best of all these
+    steps; it takes six to eight forward passes as a rule, in eval mode and with the same random
+    numbers of torch for each step. A loss that draws its own (NumPy's, another generator's) or that
+    depends on earlier calls is compared unfairly, and a small last batch chooses badly. If the
+    search returns 16 or more, there is a warning: the loss may not be a mean of −log p over rows,
+    or damping has made D short.
 
     `layers_per_pass` bounds the memory for statistics: that many layers at a time, with a pass over
     the batches for each group. With torch.distributed every process makes this call, before DDP and
@@ -1095,9 +1095,9 @@ def init_hrp(
     Only B_high is trained, in eval mode: it starts at 0, and A_high is drawn by `seed` and stays
     frozen. `preheat_rank` is capped at min(in, out) of each layer. Rank, number of updates and rate
     of the preheating are our choices, not the paper's. With torch.distributed an update takes the
-    mean gradient of one batch from every process, so that all have to pass equally many
-    batches. Raises ValueError for a `preheat_rank` below an adapter's rank and for a layer that no
-    gradient reached, as without batches; then no layer has changed.
+    mean gradient of one batch from every process, so that all have to pass equally many batches.
+    Raises ValueError for a `preheat_rank` below an adapter's rank and for a layer that no gradient
+    reached, for example without batches; then no layer has changed.
     """
     adapters = _adapters(model)
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -1235,9 +1235,9 @@ def _best_step(model: nn.Module, factors: Factors, batch: Any, loss_fn: LossFunc
         loss_at(t)
     if len(set(losses.values())) == 1:
         raise ValueError(
-            "every step has the same loss on the last batch: does a label count in it?"
+            "every step has the same loss on the last batch: are all its labels ignored?"
         )
-    best = min(sorted(losses), key=losses.__getitem__)  # of equals the shortest
+    best = min(sorted(losses), key=losses.__getitem__)  # among equals the shortest
     if best >= 16:
         warnings.warn(
             f"step {best:g} is long: is loss_fn a mean of −log p over rows?", stacklevel=1

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The runs behind the page: starts × A frozen and A trained × rates × seeds, one JSON line a run.
+"""The runs behind the page: starts × A frozen and A trained × rates × seeds, one JSON line per run.
 
     python .evidence/compare.py --methods lora,lora_da,pissa --out .evidence/peers.jsonl
 
 Model, text, training and losses are those of `demo_transformer.py`. Added are controls, LoRA-DA
 with other dampings and another metric, and the starts of PEFT 0.21.2. Runs that are already in the
-file are skipped, so that a stopped command can be given again, and two processes with other seeds
+file are skipped, so that a stopped command can be repeated, and two processes with different seeds
 share the work. What a start costs is taken off its training; `cost.py` has measured it.
 
-torch.vmap over the rates is left out: on one thread of a CPU it took 37.7 ms an update of the small
-transformer, and the plain loop 35.7 ms.
+torch.vmap over the rates is left out: on one thread of a CPU it took 37.7 ms per update of the
+small transformer, and the plain loop 35.7 ms.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def white(task: demo.Task, batches: Batches, args: argparse.Namespace) -> float:
 
 
 def gradient_svd(task: demo.Task, batches: Batches, args: argparse.Namespace) -> float:
-    """The part of rank r of −G: LoRA-DA with Z = I, Y = 1 and no variance."""
+    """The best rank-r approximation of −G: LoRA-DA with Z = I, Y = 1 and no variance."""
     adapters = lora_init.lora_layers(task.model)
     means = lora_init.collect_statistics(task.model, adapters, batches[: args.fit], demo.loss_fn)
     unit = 4.0**6  # −G is not divided by a curvature, so that its steps are longer
@@ -106,7 +106,7 @@ def lora_da(
 ) -> float:
     """LoRA-DA with damping in a unit of its own for Z, and another damping for Y.
 
-    With `--unit mean` and no `--damping-y` this is `init_lora_da`, bit by bit.
+    With `--unit mean` and no `--damping-y` this is `init_lora_da`, bit for bit.
     """
     adapters = lora_init.lora_layers(task.model)
     fitted = batches[: args.fit]
@@ -203,7 +203,7 @@ def peft_model(
 ) -> nn.Module:
     """PEFT's model with its start in it, with PEFT's own defaults. It changes `base`.
 
-    What happens without the lines that say TRAP was seen in PEFT 0.21.2.
+    What the comments that say TRAP describe was seen in PEFT 0.21.2.
     """
     from peft import (
         EvaConfig,
@@ -394,7 +394,7 @@ def settings(method: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 class Checkpoints:
-    """Called after every update; where data are few, it looks for the best development loss."""
+    """Called after every update; if data are few, it looks for the best development loss."""
 
     def __init__(self, task: demo.Task, every: int | None):
         self.task = task

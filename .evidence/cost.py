@@ -8,14 +8,14 @@
 An update is LoRA's: forward and backward pass of one batch with adapters on and weights frozen, and
 Adam's step. A pass is full training's: forward and backward over all batches fitted, with the
 gradients of all weights. Every method runs in a fresh process on one thread; times are CPU seconds
-of the process, the better of two starts where they are cheap, and updates are timed after them.
-The memory is the peak of the resident set over
-its size before the start (Linux only); the first start of a process is the one that is measured.
+of the process, the better of two starts if they are cheap, and updates are timed after them. The
+memory is the peak of the resident set less its size before the start (Linux only), measured on the
+first start of a process.
 
 Another version of lora_init.py: `PYTHONPATH=its/folder python .evidence/cost.py`.
 
-With --save, the times of two fits become a line, fixed + per batch, in costs.json: compare.py
-counts these.
+With --save, a line through the times of two fits, fixed + per batch, goes into costs.json, from
+which compare.py takes its costs.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def update_seconds(model: nn.Module, batches: list[Tensor]) -> float:
-    """CPU seconds of one ordinary update, the median over some, as the first one is slower."""
+    """CPU seconds of one ordinary update, the median over several, as the first one is slower."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     seconds = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every table and figure of the page, made from the runs in .evidence/*.jsonl without training.
+"""The tables and figures of the page's results, made from .evidence/*.jsonl without training.
 
 python .evidence/report.py             prints the tables and draws the figures into .github/
 python .evidence/report.py a.jsonl     the same from other files, with --figures FOLDER
@@ -82,7 +82,7 @@ def mean(cell: Cell, name: str) -> float:
 
 
 def rates_of(row: Row, freeze_A: bool) -> list[float]:
-    """The rates at which every seed of the row has run."""
+    """The rates at which the largest number of seeds has run."""
     cells = {rate: cell for (frozen, rate), cell in row.items() if frozen == freeze_A}
     most = max((len(cell) for cell in cells.values()), default=0)
     return sorted(rate for rate, cell in cells.items() if len(cell) == most)
@@ -122,7 +122,7 @@ def table(header: list[str], lines: list[list[str]]) -> None:
 
 
 def print_differences(rows: dict[str, Row], base: str) -> None:
-    """Each start minus the base: at both one's best rates, and at a quarter of the base's."""
+    """Each start minus the base: each at its best rate, and both at a quarter of the base's."""
     plain = rows[base]
     header = [f"{base}'s test loss; the others minus it", "before training"]
     lines = [
@@ -189,7 +189,7 @@ def print_losses(rows: dict[str, Row]) -> None:
 
 
 def print_starts(rows: dict[str, Row]) -> None:
-    """What a start costs, counted and as these runs have taken it, and the steps it has chosen."""
+    """What a start costs, as counted and as measured in these runs, and the steps it chose."""
     lines = []
     for name, row in rows.items():
         runs = [run for cell in row.values() for run in cell.values()]
@@ -241,7 +241,7 @@ def new_figure() -> tuple:
 
 
 def draw(panel: object, x: list, cells: list[Cell], method: str, label: str, dash: str) -> None:
-    """Means over the seeds, and bars from the least to the largest difference to the mean."""
+    """Means over the seeds, and bars from the least to the largest loss."""
     color, marker, _ = STYLES[method]
     middle = [mean(cell, "loss_test") for cell in cells]
     values = [[run["loss_test"] for run in cell.values()] for cell in cells]
