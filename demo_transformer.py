@@ -38,7 +38,7 @@ from lora_init import add_lora, init_cntlora, init_hrp, init_lora_da, lora_layer
 
 # ---------------------------------------------------------------------------- settings
 
-STYLES = {  # of each start in the figure: its colour, marker and line
+STYLES = {  # the starts, and the colour, marker and line of each in the figure
     "lora": "ko-",
     "lora_da": "C3D-",
     "hrp": "C4v-.",

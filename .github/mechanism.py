@@ -2,9 +2,9 @@
 # Copyright (c) 2026 the authors of this repository
 """Pictures for the page and for a lecture, drawn with the functions of lora_init.py themselves.
 
-.venv/bin/python .github/mechanism.py .github/mechanism.svg      how each start works
-.venv/bin/python .github/mechanism.py shapes.svg shapes          W, A, B and x as boxes
-.venv/bin/python .github/mechanism.py step.svg step              why a batch is held out
+.venv/bin/python .github/mechanism.py .github/mechanism.svg         how each start works
+.venv/bin/python .github/mechanism.py .github/shapes.svg shapes     W, A, B and x as boxes
+.venv/bin/python .github/mechanism.py .github/heldout.svg step      why a batch is held out
 """
 
 import argparse
