@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, default=sorted(HERE.glob("*.jsonl")))
     parser.add_argument("--figures", type=Path, default=HERE.parent / ".github")
     args = parser.parse_args()
+    args.figures.mkdir(exist_ok=True)
     groups = read(args.files)
     for group in sorted(groups, key=str):
         print_group(group, groups[group])
