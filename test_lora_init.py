@@ -1178,6 +1178,15 @@ def test_a_module_that_is_no_linear_layer_may_stop_gradients():
     assert near(collect(model, [batch], mean_loss)["0"].gradient, G)
 
 
+def test_a_factor_that_overflows_is_named_and_no_layer_has_changed():
+    """The other layers' factors, step/s·B, are finite, and come first."""
+    model = adapted_net()
+    *_, (name, last) = lora_layers(model).items()
+    last.scaling = 1e-30
+    batches = batches_of(30)
+    assert_refused(f"layer '{name}'", init_lora_da, model, batches, mean_loss, step=1e300)
+
+
 @pytest.mark.parametrize("mask", [torch.ones(5), torch.ones(5, 2), -1e9 * torch.eye(2, 5), [1]])
 def test_a_mask_that_does_not_fit_or_is_added_to_logits_is_refused(mask):
     """(5, 2) has as many numbers as (2, 5), but it would pick other rows."""
