@@ -205,13 +205,13 @@ def test_a_fresh_adapter_changes_no_output_and_draws_A_uniformly(p, leading):
     assert layer.scaling == 1
 
 
-@given(problems(), st.floats(0.1, 30))
-def test_an_adapter_has_the_outputs_and_gradients_of_the_dense_weight(p, alpha):
+@given(problems(), st.floats(0.1, 30), st.booleans())
+def test_an_adapter_has_the_outputs_and_gradients_of_the_dense_weight(p, alpha, bias):
     """y = (W + s·BA)x + b, s = alpha/r; ∂L/∂B = s·G Aᵀ, ∂L/∂A = s·Bᵀ G, G = ∂L/∂(W + s·BA).
 
     Here L = Σ sin y. Factors of another rank keep the s of the first.
     """
-    linear = nn.Linear(p.n_in, p.n_out, dtype=torch.float64)
+    linear = nn.Linear(p.n_in, p.n_out, bias, dtype=torch.float64)
     layer = LoRALinear(linear, p.rank, alpha)
     s = alpha / p.rank
     x = p.normal(5, p.n_in)
@@ -220,7 +220,7 @@ def test_an_adapter_has_the_outputs_and_gradients_of_the_dense_weight(p, alpha):
         A = p.normal(rank, p.n_in)
         layer.set_factors(torch.tensor(B), torch.tensor(A))
         dense = array(linear.weight) + s * B @ A
-        y = x @ dense.T + array(linear.bias)
+        y = x @ dense.T + (array(linear.bias) if bias else 0)
         G = np.cos(y).T @ x
         actual = layer(torch.tensor(x))
         actual.sin().sum().backward()
