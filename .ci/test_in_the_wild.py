@@ -360,11 +360,15 @@ def test_the_page_shows_every_output_and_selects_tests_that_exist():
 
 
 def test_the_results_on_the_page_are_those_of_the_committed_runs(tmp_path):
-    """Each loss and each difference with its interval is printed by .evidence/report.py."""
+    """Each loss and each difference with its interval is printed by .evidence/report.py.
+
+    And .evidence/tables.md is what it prints today.
+    """
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / ".evidence" / "report.py"), "--figures", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / ".evidence" / "tables.md").read_text(encoding="utf-8")
     results = PAGE.split("\n## Results")[1].split("\n## The toy")[0]
     numbers = re.findall(
         r"[−+]\d\.\d{4} ± \d\.\d{4}|(?<!\d)\d\.\d{4}(?!\d)", results.replace("\n", " ")

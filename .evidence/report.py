@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The tables and figures of the page's results, made from .evidence/*.jsonl without training.
+"""The tables and the figure of the page's results, made from .evidence/*.jsonl without training.
 
-python .evidence/report.py             prints the tables and draws the figures into .github/
-python .evidence/report.py a.jsonl     the same from other files, with --figures FOLDER
+python .evidence/report.py > .evidence/tables.md    also draws the figure into .github/
+python .evidence/report.py a.jsonl                  the same from other files, with --figures FOLDER
 """
 
 import argparse
@@ -37,6 +37,13 @@ STYLES = {  # one colour a method in all figures, and a marker and a dash for gr
 FIGURES = {  # file: task, updates, methods
     "transformer.svg": ("small", 50, ["lora", "lora_da", "hrp", "cntlora"]),
 }
+ABOUT = """# All results
+
+`report.py` has made these tables from the runs in this folder. The task `small` is the demo's
+transformer, `fine` the same at rates a factor of two apart, and `smollm2` is SmolLM2-135M-Instruct.
+± is a 95 % t-interval over the seeds, bold if it excludes 0; * marks the best rate by development
+text. "fit" counts batches, and "Y" is the damping of Y if it is not that of Z.
+"""
 Run = dict  # one line of a file
 Cell = dict[tuple, Run]  # runs by (pre-training seed, seed)
 Row = dict[tuple[bool, float], Cell]  # by (A is frozen, learning rate)
@@ -214,7 +221,8 @@ def print_group(group: tuple, rows: dict[str, Row]) -> None:
     rows = {name: rows[name] for name in names}
     for seed in pretrainings(rows):
         one = of_one_pretraining(rows, seed)
-        print(f"Pre-training {seed}\n" if seed else "")
+        if seed:
+            print(f"Pre-training {seed}\n")
         for base in ("lora", "lora_da"):
             if base in one:
                 print_differences(one, base)
@@ -273,36 +281,6 @@ def against_rate(rows: dict[str, Row], methods: list[str], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def against_data(groups: dict[tuple, dict[str, Row]], task: str, file: Path) -> None:
-    """LoRA-DA's loss at its best rate by the tokens fitted; a dash for each length of the job."""
-    figure, panels = new_figure()
-    lengths = sorted(updates for name, updates, few in groups if name == task and few is None)
-    for updates, dash in zip(lengths, ("-", "--", ":"), strict=False):
-        rows = of_one_pretraining(groups[task, updates, None])
-        fits = {}
-        for name, row in rows.items():
-            run = next(iter(next(iter(row.values())).values()))
-            words = name.split(", ")
-            if words[0] == "lora_da" and all(word.startswith("fit") for word in words[1:]):
-                fits[run["fit"] * run["rows_per_batch"]] = row
-        if len(fits) < 2:
-            continue
-        for panel, freeze_A in zip(panels, (True, False), strict=True):
-            x = sorted(fits)
-            cells = [fits[rows_][freeze_A, best_rate(fits[rows_], freeze_A)] for rows_ in x]
-            draw(panel, x, cells, "lora_da", f"lora_da, {updates} updates", dash)
-            plain = rows["lora"][freeze_A, best_rate(rows["lora"], freeze_A)]
-            level = mean(plain, "loss_test")
-            panel.axhline(level, color="black", linestyle=dash, label=f"lora, {updates} updates")
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(x, [f"{n:,}" for n in x], rotation=30)
-    panels[1].set_xlabel("bytes fitted" if task == "small" else "tokens fitted")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
-    )
-    figure.savefig(file, metadata={"Date": None})
-
-
 # ---------------------------------------------------------------------------- the command
 
 
@@ -313,6 +291,7 @@ def main() -> None:
     args = parser.parse_args()
     args.figures.mkdir(exist_ok=True)
     groups = read(args.files)
+    print(ABOUT)
     for group in sorted(groups, key=str):
         print_group(group, groups[group])
     print(f"{intervals} intervals of 95 %: expect one in twenty to miss the true value")
@@ -320,8 +299,6 @@ def main() -> None:
         rows = of_one_pretraining(groups.get((task, updates, None), {}))
         if "lora" in rows:
             against_rate(rows, methods, args.figures / name)
-    if any(task == "small" for task, _, _ in groups):
-        against_data(groups, "small", args.figures / "tokens.svg")
 
 
 if __name__ == "__main__":
