@@ -1390,6 +1390,7 @@ def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
         step = init_lora_da(model, [x, None], loss_fn)
     assert loss_at(step) == least - 99 * (step > 0)
     assert len(tried) <= (14 if 0 in falls else 11)
+    assert all(t < 1e-9 or t > 4.0**-8.6 for t in tried)  # 0, or half of 4⁻⁸ and above
     assert model[0].delta_weight().item() == pytest.approx(step * full)
     assert len(heard) == (step >= 16)
 
