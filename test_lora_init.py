@@ -1731,6 +1731,9 @@ def one_of_two(process, folder):
     before = gathered(model)
     with pytest.raises(ValueError, match="rank"):
         init_cntlora(model, shards, mean_loss, rank_budget=9)
+    for layer in lora_layers(model).values():
+        with pytest.raises(ValueError, match="sharded cannot change"):
+            layer.set_factors(layer.lora_B.full_tensor()[:, :1], layer.lora_A.full_tensor()[:1])
     results["budget"] = before, gathered(model)
     torch.save(results, folder / f"{process}.pt")
     distributed.destroy_process_group()
@@ -1774,7 +1777,7 @@ def test_two_processes_end_with_the_same_bits_and_with_those_of_one(kind, name, 
             assert near(value, one, 1e-6)
 
 
-def test_a_rank_budget_is_refused_where_factors_are_sharded(two_processes):
+def test_another_rank_is_refused_where_factors_are_sharded(two_processes):
     for results in two_processes:
         assert same_bits(*results["budget"])
 
