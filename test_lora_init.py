@@ -1154,9 +1154,15 @@ class Residual(nn.Sequential):
 
 @pytest.mark.parametrize("call", [collect, init_lora_da, init_hrp])
 @pytest.mark.parametrize("targets", [["0"], None])
-def test_a_layer_that_passes_no_gradient_on_is_named_where_gradients_are_taken(call, targets):
-    """The path around it hides it: layers before it would lack a part of their G, silently."""
+@pytest.mark.parametrize("hook", [None, lambda layer, args, y: y.requires_grad_()])
+def test_a_layer_that_passes_no_gradient_on_is_named_where_gradients_are_taken(call, targets, hook):
+    """The path around it hides it: layers before it would lack a part of their G, silently.
+
+    So does a hook that lets the graph start again at its output.
+    """
     model = nn.Sequential(nn.Linear(3, 3), Residual(nn.Linear(3, 3), Cutting(3, 3))).double()
+    if hook:
+        model[1][1].register_forward_hook(hook)
     add_lora(model, 2, targets=targets)
     batches = batches_of(9, 9)
     assert_refused(r"layer '1\.1", call, model, batches, mean_loss)
@@ -1389,6 +1395,7 @@ def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
         warnings.simplefilter("always")
         step = init_lora_da(model, [x, None], loss_fn)
     assert loss_at(step) == least - 99 * (step > 0)
+    assert step == 0 or math.log2(step).is_integer()  # half a step of the walk, or twice it
     assert len(tried) <= (14 if 0 in falls else 11)
     assert all(t < 1e-9 or t > 4.0**-8.6 for t in tried)  # 0, or half of 4⁻⁸ and above
     assert model[0].delta_weight().item() == pytest.approx(step * full)
