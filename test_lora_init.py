@@ -1355,16 +1355,20 @@ def test_the_step_is_the_best_of_the_grid_on_the_batch_held_out(init, seed):
     st.integers(1, 12),
     st.sampled_from([math.nan, math.inf]),
     st.sampled_from([math.floor, math.ceil]),
+    st.sampled_from([-99, 99]),
 )
-@example(11 * [1], 12, math.nan, math.floor)  # the longest step is the best one
+@example(11 * [1], 12, math.nan, math.floor, -99)  # the longest step is the best one
+@example(11 * [1], 12, math.nan, math.floor, 99)
+@example([1] * 6 + [0, 0], 12, math.nan, math.floor, 99)  # the shortest of three equals
 def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
-    falls, broken, nothing, neighbour
+    falls, broken, nothing, neighbour, between
 ):
     """The loss of 0, 4⁻⁸ … 4²: weakly down, then up, and then no number, in 11 calls
     or, on plateaus, in 14 at most.
 
-    Between two of these steps it is 99 below that of the shorter, or the longer, one. So the double
-    of the best one, or its half, is better than it. A step of 16 or more is warned of.
+    Between two of these steps it is 99 below, or above, that of the shorter, or the longer, one. If
+    below, the double of the best one, or its half, is better than it. A step of 16 or more is
+    warned of.
     """
     losses = 99 - np.cumsum([0.0, *falls, *(11 - len(falls)) * [-1]])
     losses[broken:] = nothing
@@ -1380,7 +1384,7 @@ def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
         place = max(0, 9 + math.log(max(t, 1e-9), 4))  # of t among 0, 4⁻⁸ … 4²
         if abs(place - round(place)) < 0.1:
             return losses[round(place)]
-        return losses[min(11, neighbour(place))] - 99
+        return losses[min(11, neighbour(place))] + between
 
     def loss_fn(model, batch):
         y = model(x).sum()
@@ -1394,7 +1398,11 @@ def test_the_search_finds_the_best_step_of_a_loss_that_falls_and_then_rises(
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         step = init_lora_da(model, [x, None], loss_fn)
-    assert loss_at(step) == least - 99 * (step > 0)
+    if between < 0:
+        assert loss_at(step) == least - 99 * (step > 0)
+    else:
+        shortest = np.flatnonzero(losses == least)[0]
+        assert step == (4.0 ** (shortest - 9) if shortest else 0)
     assert step == 0 or math.log2(step).is_integer()  # half a step of the walk, or twice it
     assert len(tried) <= (14 if 0 in falls else 11)
     assert all(t < 1e-9 or t > 4.0**-8.6 for t in tried)  # 0, or half of 4⁻⁸ and above
