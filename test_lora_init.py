@@ -787,6 +787,7 @@ def test_factors_on_the_meta_device_are_refused_and_get_their_numbers_by_to_empt
     """
     layer = LoRALinear(nn.Linear(99, 4, device="meta"), 2)
     assert layer(torch.ones(2, 99, device="meta")).shape == (2, 4)
+    assert layer.weight.shape == (4, 99)
     layer.base_layer = nn.Linear(99, 4)
     x = torch.ones(2, 99)
     model = nn.Sequential(layer)
@@ -798,6 +799,9 @@ def test_factors_on_the_meta_device_are_refused_and_get_their_numbers_by_to_empt
     layer.to_empty(device="cpu", recurse=False)
     assert torch.equal(layer(x), layer.base_layer(x))
     assert 0.9 < layer.lora_A.abs().max() * math.sqrt(99) < 1.0001
+    layer.base_layer = nn.Linear(99, 4, device="meta")
+    with pytest.raises(TypeError, match="on meta.*cannot be read"):
+        layer.base_weight
     fill(layer)
     expected = layer.delta_weight()
     assert near(layer.double().delta_weight(), expected, 1e-6)
