@@ -1452,6 +1452,21 @@ def test_a_start_says_what_it_does_to_those_who_listen(caplog):
         assert np.abs(numbers / loss.item() - 1).min() < 1e-3
 
 
+def test_the_log_tells_how_long_the_rest_will_take(caplog, monkeypatch):
+    """After i of n batches (n − i)/i of the time so far."""
+    now = 0
+
+    def loss_fn(model, batch):
+        nonlocal now
+        now += 7
+        return mean_loss(model, batch)
+
+    monkeypatch.setattr(lora_init.time, "perf_counter", lambda: now)
+    caplog.set_level("INFO", "lora_init")
+    init_hrp(adapted_net(), batches_of(9, 9, 9, 9), loss_fn)
+    assert re.findall(r"(\d+) s left", caplog.text) == ["21", "14", "7", "0"]
+
+
 def test_the_loss_may_switch_an_adapter_off_if_it_puts_back_what_it_found():
     """As DPO does for its reference. Here the reference adds a constant, which changes nothing."""
 
