@@ -293,11 +293,12 @@ def lora_da(
     its label: in a language model, one token. Z + damping·mean(diag Z)·I and Y + damping·mean(Y)
     take the places of Z and Y throughout. Without damping Z is singular if there are fewer rows
     than input features. On a small language model with A frozen, damping 1, the default, trained
-    clearly better than 10 and about as well as 0.1. More damping tilts A towards directions in
-    which the inputs are largest. The unit mean(diag Z) includes the inputs' mean and outliers, so
-    the same damping acts differently from layer to layer: if inputs share a mean of 100 standard
-    deviations, or a few rows are huge (attention sinks), most of the start's gain is lost. Centre
-    such inputs, and let the bias make up for it; mask such rows.
+    clearly better than 10 and about as well as 0.1; on SmolLM2 10 trained clearly better than 1
+    with 4 rows per input feature, and worse with 20 (in one run). More damping tilts A towards
+    directions in which the inputs are largest. The unit mean(diag Z) includes the inputs' mean and
+    outliers, so the same damping acts differently from layer to layer: if inputs share a mean of
+    100 standard deviations, or a few rows are huge (attention sinks), most of the start's gain is
+    lost. Centre such inputs, and let the bias make up for it; mask such rows.
 
     1. How well can the truth, W* = W + Δ, be found at all? Let Δ̂ be the maximum-
        likelihood estimate of Δ, with all of W free, from N independent rows with given inputs X
